@@ -1,0 +1,1 @@
+"""What travels between the layers: plain data, nothing that acts."""

@@ -1,0 +1,194 @@
+"""Every operation in plain torch: the oracle of the kernels, and the fallback where there is none."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from aserve.attention.base import AttentionMetadata, KVCache
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root-mean-square norm over the last dimension (Zhang & Sennrich 2019), computed in float32.
+
+    x: ``[..., H]``; weight: ``[H]``. A Gemma-style ``1 + w`` is folded into ``weight`` by the caller.
+    """
+    x32 = x.float()
+    scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    return (x32 * scale * weight.float()).to(x.dtype)
+
+
+def fused_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``(rms_norm(x + residual), x + residual)``."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def rotary_embedding(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    interleaved: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary position embedding (Su et al. 2021) on the first ``R`` features of each head.
+
+    q: ``[T, Hq, D]``; k: ``[T, Hkv, D]``; positions: int64 ``[T]``; cos_sin: float32
+    ``[max_position, R]``, the ``R/2`` cosines of a position followed by its ``R/2`` sines.
+    ``interleaved`` rotates neighbouring pairs (GPT-J) instead of halves (GPT-NeoX, Llama).
+    Returns new tensors of the same shapes and dtypes.
+    """
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+
+
+def _rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
+    width = 2 * cos.shape[-1]
+    part, rest = x[..., :width].float(), x[..., width:]
+    if interleaved:
+        a, b = part[..., 0::2], part[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = part.chunk(2, dim=-1)
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    turned = turned.to(x.dtype)
+    return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
+
+
+def store_kv(
+    k: torch.Tensor, v: torch.Tensor, cache: KVCache, slot_mapping: torch.Tensor
+) -> None:
+    """Writes this step's keys and values ``[T, Hkv, D]`` into the paged cache."""
+    k_cache, v_cache = cache
+    block_size = k_cache.shape[2]
+    blocks = slot_mapping // block_size
+    offsets = slot_mapping % block_size
+    k_cache[blocks, :, offsets] = k.to(k_cache.dtype)
+    v_cache[blocks, :, offsets] = v.to(v_cache.dtype)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    cache: KVCache,
+    meta: AttentionMetadata,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of this step's queries over their sequences' cached keys and values.
+
+    q: ``[T, Hq, D]``; returns ``[T, Hq, D]``. Query head ``h`` reads KV head ``h // (Hq / Hkv)``.
+    window: a query at position ``p`` sees keys ``p - window + 1 .. p``.
+    softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
+    alibi_slopes: float32 ``[Hq]``, adds ``-slope * distance`` (Press et al. 2022).
+    """
+    out = torch.empty_like(q)
+    num_rows = len(meta.seq_lens_host)
+    first_decode = num_rows - meta.num_decode_rows
+    for row in range(first_decode):
+        start, end = meta.query_start_host[row], meta.query_start_host[row + 1]
+        length = meta.seq_lens_host[row]
+        keys, values = _gather(cache, meta.block_tables[row : row + 1], length)
+        q_pos = torch.arange(length - (end - start), length, device=q.device).unsqueeze(0)
+        out[start:end] = _attend(
+            q[start:end].unsqueeze(0), keys, values, q_pos, None, scale, window, softcap, alibi_slopes
+        )[0]
+    if meta.num_decode_rows:
+        start = meta.query_start_host[first_decode]
+        lengths = meta.seq_lens[first_decode:].long()
+        longest = max(meta.seq_lens_host[first_decode:])
+        keys, values = _gather(cache, meta.block_tables[first_decode:], longest)
+        out[start:] = _attend(
+            q[start:].unsqueeze(1),
+            keys,
+            values,
+            (lengths - 1).unsqueeze(1),
+            lengths,
+            scale,
+            window,
+            softcap,
+            alibi_slopes,
+        )[:, 0]
+    return out
+
+
+def _gather(
+    cache: KVCache, tables: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of each table's first ``length`` tokens, each ``[B, Hkv, length, D]``."""
+    block_size = cache[0].shape[2]
+    blocks = tables[:, : -(-length // block_size)].long()
+    gathered = []
+    for side in cache:
+        pages = side[blocks]
+        flat = pages.permute(0, 2, 1, 3, 4).flatten(2, 3)
+        gathered.append(flat[:, :, :length])
+    return gathered[0], gathered[1]
+
+
+def _attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    q_pos: torch.Tensor,
+    lengths: torch.Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: torch.Tensor | None,
+) -> torch.Tensor:
+    """q ``[B, Q, Hq, D]`` at positions ``q_pos`` ``[B, Q]`` over keys/values ``[B, Hkv, L, D]``."""
+    batch, num_queries, num_heads, head_size = q.shape
+    num_kv_heads, length = keys.shape[1], keys.shape[2]
+    distance = q_pos.unsqueeze(-1) - torch.arange(length, device=q.device)
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    group = num_heads // num_kv_heads
+    query = q.permute(0, 2, 1, 3)
+    if softcap is None and alibi_slopes is None:
+        # Heads of a group become queries: no copy of the keys, and one matrix product per KV head.
+        folded = query.reshape(batch, num_kv_heads, group * num_queries, head_size)
+        mask = visible.unsqueeze(1).repeat(1, 1, group, 1)
+        result = F.scaled_dot_product_attention(
+            folded, keys.to(q.dtype), values.to(q.dtype), attn_mask=mask, scale=scale
+        )
+    else:
+        folded = query.reshape(batch, num_kv_heads, group, num_queries, head_size).float()
+        scores = torch.einsum("bkgqd,bkld->bkgql", folded, keys.float()) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if alibi_slopes is not None:
+            slopes = alibi_slopes.view(1, num_kv_heads, group, 1, 1)
+            scores = scores - slopes * distance.view(batch, 1, 1, num_queries, length)
+        scores = scores.masked_fill(~visible.view(batch, 1, 1, num_queries, length), float("-inf"))
+        result = torch.einsum("bkgql,bkld->bkgqd", scores.softmax(-1), values.float()).to(q.dtype)
+    return result.reshape(batch, num_heads, num_queries, head_size).permute(0, 2, 1, 3)
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """``silu(x[..., :d]) * x[..., d:]`` with ``d`` half the last dimension (SwiGLU)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gelu_and_mul(x: torch.Tensor, approximate: str = "tanh") -> torch.Tensor:
+    """``gelu(x[..., :d]) * x[..., d:]`` (GeGLU); ``approximate`` is ``"tanh"`` or ``"none"``."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate=approximate) * up
+
+
+def copy_blocks(caches: list[KVCache], pairs: list[tuple[int, int]]) -> None:
+    """Copies whole blocks, ``(source, destination)`` ids, in every layer."""
+    device = caches[0][0].device
+    index = torch.tensor(pairs, dtype=torch.long, device=device)
+    source, destination = index[:, 0], index[:, 1]
+    for k_cache, v_cache in caches:
+        k_cache[destination] = k_cache[source]
+        v_cache[destination] = v_cache[source]
