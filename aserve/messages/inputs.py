@@ -64,7 +64,7 @@ class PoolingParams:
         return PoolingParams(additional_data=self.additional_data)
 
 
-class UsageContext(str, enum.Enum):
+class UsageContext(enum.StrEnum):
     """Which entry point built the engine. Logged at start; nothing is ever sent anywhere."""
 
     UNKNOWN_CONTEXT = "UNKNOWN_CONTEXT"

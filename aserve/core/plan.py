@@ -1,0 +1,115 @@
+"""A plan in the making, and what is remembered about it until its result comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from aserve.core.block_manager import Growth
+from aserve.core.sequence import Sequence
+from aserve.messages.step import Fork, NewSequence, StepPlan
+
+
+class Row(NamedTuple):
+    seq: Sequence
+    start: int
+    count: int
+
+
+@dataclass(slots=True)
+class Ticket:
+    """The sequences of a plan, parallel to its rows and its samples."""
+
+    rows: list[Sequence]
+    samples: list[Sequence]
+    started: float
+    prefilled: bool
+
+
+class PlanBuilder:
+    """Collects rows under a token budget.
+
+    blocks_promised: blocks that sequences admitted in this step will need but have not taken yet.
+    """
+
+    __slots__ = ("blocks_promised", "budget", "copies", "grown", "replaced", "rows")
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.blocks_promised = 0
+        self.rows: list[Row] = []
+        self.grown: list[tuple[Sequence, list[int]]] = []
+        self.replaced: list[tuple[int, int, int]] = []
+        self.copies: list[tuple[int, int]] = []
+
+    def add_row(self, seq: Sequence, count: int, growth: Growth) -> None:
+        self.budget -= count
+        self.rows.append(Row(seq, seq.num_computed, count))
+        if growth.taken:
+            self.grown.append((seq, growth.taken))
+        if growth.split:
+            index, source, copy = growth.split
+            self.replaced.append((seq.slot, index, copy))
+            self.copies.append((source, copy))
+
+    def arrange(self) -> None:
+        """Prefills first, otherwise in order of arrival."""
+        self.rows.sort(key=_is_decode)
+
+    def build(
+        self,
+        step_id: int,
+        now: float,
+        samples: list[tuple[int, Sequence]],
+        unsent: list[Sequence],
+        forks: list[Fork],
+    ) -> StepPlan:
+        """samples: ``(row, sequence)`` to draw for. unsent: sequences the worker does not know yet."""
+        # Unsent sequences are described whole, so their tables need no growth entries of their own.
+        fresh = {seq.slot: seq for seq in unsent if seq.slot >= 0}
+        prefills = sum(1 for row in self.rows if row.count > 1)
+        return StepPlan(
+            step_id=step_id,
+            slots=[row.seq.slot for row in self.rows],
+            starts=[row.start for row in self.rows],
+            counts=[row.count for row in self.rows],
+            samples=[(row, seq.slot) for row, seq in samples],
+            new=[describe(seq) for seq in fresh.values()],
+            forks=forks,
+            new_blocks=[(seq.slot, taken) for seq, taken in self.grown if seq.slot not in fresh],
+            replaced_blocks=self.replaced,
+            block_copies=self.copies,
+            num_prefill_rows=prefills,
+            ticket=Ticket([row.seq for row in self.rows], [seq for _, seq in samples], now, prefills > 0),
+        )
+
+
+def describe(seq: Sequence) -> NewSequence:
+    """Everything a worker needs to know about a sequence it has not seen."""
+    group = seq.group
+    return NewSequence(
+        slot=seq.slot,
+        seq_id=seq.seq_id,
+        token_ids=list(seq.token_ids),
+        num_prompt_tokens=seq.num_prompt_tokens,
+        block_ids=list(seq.blocks),
+        params=group.params,
+        rng_seed=seq.rng_seed,
+        eos_token_id=group.eos_token_id,
+        want_prompt_logprobs=group.wants_prompt_logprobs,
+    )
+
+
+def describe_fork(child: Sequence, parent: Sequence) -> Fork:
+    return Fork(
+        slot=child.slot,
+        seq_id=child.seq_id,
+        parent_slot=parent.slot,
+        num_tokens=len(child.token_ids),
+        block_ids=list(child.blocks),
+        rng_seed=child.rng_seed,
+    )
+
+
+def _is_decode(row: Row) -> bool:
+    return row.count == 1

@@ -1,0 +1,201 @@
+"""The state of a request while it is being served."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from aserve.messages.inputs import LoRARequest
+from aserve.messages.outputs import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP
+from aserve.messages.params import SamplingParams
+from aserve.messages.step import SampleLogprobs
+
+_MASK64 = (1 << 64) - 1
+
+
+class SequenceStatus(enum.IntEnum):
+    """Ordered: everything from FINISHED_STOPPED on has ended."""
+
+    WAITING = 0
+    RUNNING = 1
+    FINISHED_STOPPED = 2
+    FINISHED_LENGTH = 3
+    FINISHED_IGNORED = 4
+    FINISHED_ABORTED = 5
+    FINISHED_FAILED = 6
+
+    @property
+    def finished(self) -> bool:
+        return self >= SequenceStatus.FINISHED_STOPPED
+
+
+FINISH_REASONS = {
+    SequenceStatus.FINISHED_STOPPED: FINISH_STOP,
+    SequenceStatus.FINISHED_LENGTH: FINISH_LENGTH,
+    SequenceStatus.FINISHED_IGNORED: FINISH_LENGTH,
+    SequenceStatus.FINISHED_ABORTED: FINISH_ABORT,
+    SequenceStatus.FINISHED_FAILED: FINISH_ABORT,
+}
+
+
+def mix64(value: int) -> int:
+    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): spreads every bit over all 64."""
+    value &= _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
+
+
+class Sequence:
+    """One line of tokens.
+
+    Three counters say everything about its progress::
+
+        |---------------- token_ids ----------------|- in_flight -|
+        |------ num_computed ------|----- to compute next --------|
+
+    ``num_computed`` tokens have their keys and values in the cache, or will have once the plans
+    already issued have run. ``in_flight`` (0 or 1) tokens were asked for in an issued plan and exist
+    on the worker, but their value is not known here yet. A sequence needs work exactly while
+    ``num_known > num_computed``; computing the last known token yields the next one.
+    """
+
+    __slots__ = (
+        "blocks",
+        "cumulative_logprob",
+        "group",
+        "in_flight",
+        "index",
+        "max_known",
+        "num_computed",
+        "num_prompt_tokens",
+        "seq_id",
+        "slot",
+        "status",
+        "stop_reason",
+        "token_ids",
+    )
+
+    def __init__(self, seq_id: int, index: int, group: SequenceGroup, token_ids: list[int]) -> None:
+        self.seq_id = seq_id
+        self.index = index
+        self.group = group
+        self.token_ids = token_ids
+        self.num_prompt_tokens = group.num_prompt_tokens
+        self.num_computed = 0
+        self.in_flight = 0
+        self.blocks: list[int] = []
+        self.slot = -1
+        self.status = SequenceStatus.WAITING
+        self.stop_reason: int | str | None = None
+        self.cumulative_logprob = 0.0
+        self.max_known = group.max_known
+
+    @property
+    def num_known(self) -> int:
+        return len(self.token_ids) + self.in_flight
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def finished(self) -> bool:
+        return self.status >= SequenceStatus.FINISHED_STOPPED
+
+    @property
+    def finish_reason(self) -> str | None:
+        return FINISH_REASONS.get(self.status)
+
+    @property
+    def rng_seed(self) -> int:
+        """Seed of this sequence's draws; siblings of one request differ."""
+        return mix64(self.group.rng_base ^ mix64(self.index + 1))
+
+    def fork(self, seq_id: int, index: int) -> Sequence:
+        """A copy with its own tokens that shares this sequence's blocks (references not counted here)."""
+        child = Sequence(seq_id, index, self.group, list(self.token_ids))
+        child.num_computed = self.num_computed
+        child.in_flight = self.in_flight
+        child.blocks = list(self.blocks)
+        child.status = self.status
+        child.cumulative_logprob = self.cumulative_logprob
+        return child
+
+
+@dataclass(eq=False, slots=True)
+class SequenceGroup:
+    """A request: one prompt, ``params.best_of`` sequences once the prompt has been computed.
+
+    eos_token_id: ends a sequence unless ``params.ignore_eos``; None when unknown.
+    max_model_len: a sequence ends once it is longer than this.
+    rng_base: the request's seed, or one drawn by the engine.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival_time: float
+    max_model_len: int
+    rng_base: int
+    eos_token_id: int | None = None
+    lora_request: LoRARequest | None = None
+    seqs: list[Sequence] = field(default_factory=list)
+    expanded: bool = False
+    """Whether the ``best_of`` sequences exist yet."""
+    reserved_slots: list[int] = field(default_factory=list)
+    prompt_logprobs: list[SampleLogprobs] = field(default_factory=list)
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    num_preemptions: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    max_known: int = 0
+    width: int = 1
+
+    def __post_init__(self) -> None:
+        params = self.params
+        self.width = params.best_of or params.n
+        room = self.max_model_len + 1
+        if params.max_tokens is not None:
+            room = min(room, len(self.prompt_token_ids) + params.max_tokens)
+        self.max_known = room
+        self.stop_ids = frozenset(params.stop_token_ids or ())
+        self.expanded = self.width == 1
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def finished(self) -> bool:
+        return all(seq.status >= SequenceStatus.FINISHED_STOPPED for seq in self.seqs)
+
+    @property
+    def unfinished(self) -> list[Sequence]:
+        return [seq for seq in self.seqs if seq.status < SequenceStatus.FINISHED_STOPPED]
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt log-probabilities are asked for and not all here yet."""
+        if self.params.prompt_logprobs is None:
+            return False
+        return len(self.prompt_logprobs) < len(self.prompt_token_ids) - 1
+
+    def check_stop(self, seq: Sequence) -> None:
+        """Ends ``seq`` if its last token, or its length, says so. Stop strings are checked elsewhere."""
+        params = self.params
+        token = seq.token_ids[-1]
+        may_stop = seq.num_output_tokens >= params.min_tokens
+        if may_stop and token == self.eos_token_id and not params.ignore_eos:
+            seq.status = SequenceStatus.FINISHED_STOPPED
+        elif may_stop and token in self.stop_ids:
+            seq.status = SequenceStatus.FINISHED_STOPPED
+            seq.stop_reason = token
+        elif len(seq.token_ids) >= self.max_known:
+            seq.status = SequenceStatus.FINISHED_LENGTH

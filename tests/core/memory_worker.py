@@ -1,0 +1,121 @@
+"""A worker that computes nothing but remembers everything.
+
+Every cache cell holds the exact prefix of tokens it was written for. Before a row draws, each cell
+its block table names is compared with the prefix the row should be seeing, so a block freed too
+early, shared too long, copied too late or listed in the wrong place is caught at the first read.
+The drawn token is a hash of that prefix and the sequence's seed: any two correct schedules of the
+same request give the same tokens.
+"""
+
+from __future__ import annotations
+
+from aserve.core.sequence import mix64
+from aserve.messages.step import SampleLogprobs, StepPlan, StepResult
+
+VOCAB = 64
+
+
+def prefix_hash(previous: int, token: int) -> int:
+    return mix64(previous * 31 + token + 1)
+
+
+def draw(prefix: int, rng_seed: int) -> int:
+    return mix64(prefix ^ rng_seed) % VOCAB
+
+
+class MemoryWorker:
+    def __init__(self, num_blocks: int, block_size: int, num_slots: int) -> None:
+        self.block_size = block_size
+        self.cells: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.tokens: list[list[int]] = [[] for _ in range(num_slots)]
+        self.tables: list[list[int]] = [[] for _ in range(num_slots)]
+        self.seeds = [0] * num_slots
+        self.prompt_logprobs: list[int | None] = [None] * num_slots
+        self.steps = 0
+
+    def run(self, plan: StepPlan) -> StepResult:
+        if plan.step_id != self.steps:
+            raise AssertionError(f"plan {plan.step_id} came as number {self.steps}")
+        self.steps += 1
+        for new in plan.new:
+            self.tokens[new.slot] = list(new.token_ids)
+            self.tables[new.slot] = list(new.block_ids)
+            self.seeds[new.slot] = new.rng_seed
+            wanted = new.want_prompt_logprobs and new.params.prompt_logprobs is not None
+            self.prompt_logprobs[new.slot] = new.num_prompt_tokens if wanted else None
+        for fork in plan.forks:
+            self.tokens[fork.slot] = self.tokens[fork.parent_slot][: fork.num_tokens]
+            self.tables[fork.slot] = list(fork.block_ids)
+            self.seeds[fork.slot] = fork.rng_seed
+            self.prompt_logprobs[fork.slot] = None
+        for slot, blocks in plan.new_blocks:
+            self.tables[slot].extend(blocks)
+        for slot, index, block in plan.replaced_blocks:
+            self.tables[slot][index] = block
+        for source, destination in plan.block_copies:
+            self.cells[destination] = list(self.cells[source])
+        # All rows write before any row reads, as in a forward pass.
+        for slot, start, count in zip(plan.slots, plan.starts, plan.counts, strict=True):
+            self._write(slot, start, count)
+        prefixes = [
+            self._read(slot, start + count)
+            for slot, start, count in zip(plan.slots, plan.starts, plan.counts, strict=True)
+        ]
+        prompt_logprobs = {}
+        for row, slot in enumerate(plan.slots):
+            limit = self.prompt_logprobs[slot]
+            if limit is not None:
+                start = plan.starts[row]
+                end = min(start + plan.counts[row], limit - 1)
+                if end > start:
+                    prompt_logprobs[row] = [
+                        SampleLogprobs(-float(self.tokens[slot][i + 1]), i + 1, [], [])
+                        for i in range(start, end)
+                    ]
+        drawn = []
+        for row, slot in plan.samples:
+            token = draw(prefixes[row], self.seeds[slot])
+            self.tokens[slot] = self.tokens[slot][: plan.starts[row] + plan.counts[row]] + [token]
+            drawn.append(token)
+        return StepResult(
+            plan.step_id, drawn, [-1.0] * len(drawn), prompt_logprobs=prompt_logprobs or None
+        )
+
+    def _cell(self, slot: int, position: int) -> tuple[list[int | None], int]:
+        index, offset = divmod(position, self.block_size)
+        return self.cells[self.tables[slot][index]], offset
+
+    def _write(self, slot: int, start: int, count: int) -> None:
+        tokens = self.tokens[slot]
+        if start + count > len(tokens):
+            raise AssertionError(f"slot {slot} is to compute tokens the worker does not have")
+        running = 0
+        for position, token in enumerate(tokens[: start + count]):
+            running = prefix_hash(running, token)
+            if position >= start:
+                block, offset = self._cell(slot, position)
+                block[offset] = running
+
+    def _read(self, slot: int, end: int) -> int:
+        running = 0
+        for position, token in enumerate(self.tokens[slot][:end]):
+            running = prefix_hash(running, token)
+            block, offset = self._cell(slot, position)
+            if block[offset] != running:
+                raise AssertionError(f"slot {slot} reads foreign data at position {position}")
+        return running
+
+
+def expected_output(prompt: list[int], rng_seed: int, max_tokens: int, stop: set[int]) -> list[int]:
+    """What a sequence generates when nothing else exists."""
+    running = 0
+    for token in prompt:
+        running = prefix_hash(running, token)
+    output: list[int] = []
+    while len(output) < max_tokens:
+        token = draw(running, rng_seed)
+        output.append(token)
+        if token in stop:
+            break
+        running = prefix_hash(running, token)
+    return output
