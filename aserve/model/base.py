@@ -1,0 +1,75 @@
+"""What every decoder model offers the worker."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from aserve.attention.base import AttentionMetadata, KVCache
+from aserve.model.layers.embedding import OutputHead
+from aserve.model.layers.linear import Build
+
+if TYPE_CHECKING:
+    from aserve.config.model import ModelConfig
+
+
+class Model(ABC):
+    """A decoder: token ids in, hidden states and logits out, keys and values in a paged cache.
+
+    Weights are plain tensors without gradients. Subclasses create their layers with ``self.build`` and
+    set ``self.head`` and ``self.kv_shapes``.
+    """
+
+    head: OutputHead
+    kv_shapes: list[tuple[int, int]]
+    """(KV heads, head size) of each layer."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.config = config
+        self.build = Build(device, dtype)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.kv_shapes)
+
+    @abstractmethod
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        caches: list[KVCache],
+        meta: AttentionMetadata,
+    ) -> torch.Tensor:
+        """token_ids, positions: int64 ``[T]``. Returns the final normed hidden states ``[T, H]``."""
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[N, H]`` to float32 ``[N, vocabulary]``."""
+        return self.head.logits(hidden)
+
+    def rename(self, name: str) -> str | None:
+        """The name this model knows for a checkpoint's ``name``; None for a tensor it does not use."""
+        return None if name.endswith("rotary_emb.inv_freq") else name
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Fills every weight; names are those transformers saves.
+
+        ConfigError: a name is missing or unexpected, or a shape differs.
+        """
+        self.build.table.fill(weights, self.rename)
+        self.build.finish()
+
+
+def layer_window(hf_config: Any, layer: int) -> int | None:
+    """Sliding window of a layer in tokens (the query's own included), None for full attention."""
+    window = getattr(hf_config, "sliding_window", None)
+    if window is None:
+        return None
+    layer_types = getattr(hf_config, "layer_types", None)
+    if layer_types:
+        return int(window) if layer_types[layer] == "sliding_attention" else None
+    if not getattr(hf_config, "use_sliding_window", True):
+        return None
+    return int(window) if layer >= getattr(hf_config, "max_window_layers", 0) else None

@@ -1,0 +1,124 @@
+"""Drives a model through a paged cache the way the worker does: block tables, slots, metadata."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from aserve.attention.base import AttentionMetadata, KVCache
+from aserve.model.base import Model
+from aserve.model.loader import load_model
+
+
+def load(path: str | Path, hf_config: Any, max_model_len: int, **settings: Any) -> Model:
+    """Loads ``path`` in float32 on the CPU. Settings: load_format, dtype, rope_scaling."""
+    model_config: Any = SimpleNamespace(
+        model=str(path),
+        architecture=hf_config.architectures[0],
+        hf_config=hf_config,
+        dtype=settings.get("dtype", "float32"),
+        max_model_len=max_model_len,
+        rope_scaling=settings.get("rope_scaling"),
+        revision=None,
+    )
+    load_config: Any = SimpleNamespace(
+        load_format=settings.get("load_format", "auto"),
+        download_dir=None,
+        extra_config=settings.get("extra_config", {}),
+    )
+    return load_model(model_config, load_config, torch.device("cpu"))
+
+
+class PagedRunner:
+    """Sequences of one model over a shared pool whose blocks are handed out in a shuffled order."""
+
+    def __init__(self, model: Model, block_size: int, num_blocks: int = 64) -> None:
+        self.model = model
+        self.block_size = block_size
+        self.caches: list[KVCache] = [
+            (
+                torch.full((num_blocks, heads, block_size, size), 7.0),
+                torch.full((num_blocks, heads, block_size, size), 7.0),
+            )
+            for heads, size in model.kv_shapes
+        ]
+        self._free = list(range(num_blocks))
+        random.Random(0).shuffle(self._free)
+        self._tables: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+
+    def step(self, rows: list[tuple[int, list[int]]]) -> list[torch.Tensor]:
+        """Feeds each row's new tokens; returns each row's logits ``[tokens, vocabulary]``.
+
+        Rows of one token must come last, as the scheduler orders them.
+        """
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        starts = [0]
+        for sequence, tokens in rows:
+            table = self._tables.setdefault(sequence, [])
+            done = self._lengths.get(sequence, 0)
+            for offset, token in enumerate(tokens):
+                position = done + offset
+                if position // self.block_size == len(table):
+                    table.append(self._free.pop())
+                token_ids.append(token)
+                positions.append(position)
+                slots.append(table[position // self.block_size] * self.block_size + position % self.block_size)
+            self._lengths[sequence] = done + len(tokens)
+            starts.append(len(token_ids))
+        hidden = self._forward(token_ids, positions, slots, starts, [sequence for sequence, _ in rows])
+        logits = self.model.compute_logits(hidden)
+        return [logits[start:end] for start, end in zip(starts, starts[1:], strict=False)]
+
+    def _forward(
+        self,
+        token_ids: list[int],
+        positions: list[int],
+        slots: list[int],
+        starts: list[int],
+        sequences: list[int],
+    ) -> torch.Tensor:
+        lengths = [self._lengths[sequence] for sequence in sequences]
+        tables = [self._tables[sequence] for sequence in sequences]
+        width = max(map(len, tables))
+        counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+        num_decode = next((i for i, count in enumerate(reversed(counts)) if count > 1), len(counts))
+        meta = AttentionMetadata(
+            query_start=torch.tensor(starts, dtype=torch.int32),
+            seq_lens=torch.tensor(lengths, dtype=torch.int32),
+            block_tables=torch.tensor(
+                [table + [0] * (width - len(table)) for table in tables], dtype=torch.int32
+            ),
+            slot_mapping=torch.tensor(slots, dtype=torch.int64),
+            max_query_len=max(counts),
+            max_seq_len=max(lengths),
+            num_decode_rows=num_decode,
+            query_start_host=starts,
+            seq_lens_host=lengths,
+        )
+        with torch.inference_mode():
+            return self.model.forward(
+                torch.tensor(token_ids), torch.tensor(positions), self.caches, meta
+            )
+
+
+def whole_logits(model: Model, tokens: list[int], block_size: int = 16) -> torch.Tensor:
+    """Logits of every position, all tokens in one step."""
+    return PagedRunner(model, block_size).step([(0, tokens)])[0]
+
+
+def stepwise_logits(
+    model: Model, tokens: list[int], prompt: int, block_size: int, chunk: int | None = None
+) -> torch.Tensor:
+    """The same with ``prompt`` tokens first (in chunks of ``chunk``), then one token a step."""
+    runner = PagedRunner(model, block_size)
+    chunk = chunk or prompt
+    pieces = [tokens[start : min(start + chunk, prompt)] for start in range(0, prompt, chunk)]
+    pieces += [[token] for token in tokens[prompt:]]
+    return torch.cat([runner.step([(0, piece)])[0] for piece in pieces])
