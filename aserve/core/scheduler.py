@@ -357,7 +357,7 @@ class Scheduler:
         for row, (seq, _, _) in enumerate(step.rows):
             if seq.num_computed < seq.num_known:
                 continue  # a chunk that leaves some of the prompt for later draws nothing
-            seq.in_flight = 1
+            seq.in_flight += 1
             samples.append((row, seq))
             if not seq.group.expanded:
                 for child in self._expand(seq):

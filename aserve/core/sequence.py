@@ -55,7 +55,7 @@ class Sequence:
         |------ num_computed ------|----- to compute next --------|
 
     ``num_computed`` tokens have their keys and values in the cache, or will have once the plans
-    already issued have run. ``in_flight`` (0 or 1) tokens were asked for in an issued plan and exist
+    already issued have run. ``in_flight`` tokens were asked for in issued plans and exist or will exist
     on the worker, but their value is not known here yet. A sequence needs work exactly while
     ``num_known > num_computed``; computing the last known token yields the next one.
     """

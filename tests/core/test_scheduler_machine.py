@@ -161,8 +161,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for seq in group.seqs:
             if seq.finished:
                 self.check_output(seq)
-        if group.finished:
-            del self.live[group.request_id]
+        if group.finished and self.live.pop(group.request_id, None):
             self.ended += 1
             if group.params.prompt_logprobs is not None:
                 ranks = [entry.rank for entry in group.prompt_logprobs]

@@ -1,0 +1,53 @@
+"""aserve: an asyncio-native LLM inference engine and streaming server.
+
+Public names are imported on first use, so ``import aserve`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AsyncEngineArgs": "aserve.args",
+    "AsyncEngineDeadError": "aserve.errors",
+    "AsyncLLMEngine": "aserve.engine.async_engine",
+    "CompletionOutput": "aserve.messages.outputs",
+    "EngineArgs": "aserve.args",
+    "LLM": "aserve.llm",
+    "LLMEngine": "aserve.engine.llm_engine",
+    "LoRARequest": "aserve.messages.inputs",
+    "Logprob": "aserve.messages.outputs",
+    "RequestOutput": "aserve.messages.outputs",
+    "SamplingParams": "aserve.messages.params",
+}
+
+__all__ = [
+    "AsyncEngineArgs",
+    "AsyncEngineDeadError",
+    "AsyncLLMEngine",
+    "CompletionOutput",
+    "EngineArgs",
+    "LLM",
+    "LLMEngine",
+    "LoRARequest",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'aserve' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
