@@ -8,16 +8,19 @@ command line can list every choice without loading torch. Code outside aserve ad
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from aserve.errors import ConfigError
+from aserve.errors import ConfigError, UnsupportedError
 
 
 class Registry:
-    """A table of lazily imported objects."""
+    """A table of lazily imported objects.
 
-    def __init__(self, kind: str, table: dict[str, str]) -> None:
+    A target of None stands for a name the command line knows and this release does not have yet.
+    """
+
+    def __init__(self, kind: str, table: Mapping[str, str | None]) -> None:
         self.kind = kind
         self._table = dict(table)
 
@@ -30,6 +33,10 @@ class Registry:
     def names(self) -> list[str]:
         return list(self._table)
 
+    def built(self, name: str) -> bool:
+        """Whether ``name`` can be loaded in this release."""
+        return self._table.get(name) is not None
+
     def register(self, name: str, target: str) -> None:
         """Adds ``name``; ``target`` is ``"module:attribute"``."""
         if ":" not in target:
@@ -38,10 +45,14 @@ class Registry:
 
     def load(self, name: str) -> Any:
         """Imports and returns what ``name`` stands for; ConfigError lists the known names."""
-        target = self._table.get(name)
+        if name not in self._table:
+            raise ConfigError(f"unknown {self.kind} {name!r}; known: {', '.join(sorted(self._table))}")
+        target = self._table[name]
         if target is None:
-            known = ", ".join(sorted(self._table))
-            raise ConfigError(f"unknown {self.kind} {name!r}; known: {known}")
+            built = ", ".join(sorted(known for known in self._table if self.built(known)))
+            raise UnsupportedError(
+                f"{self.kind} {name!r} is not built in this release; built: {built or 'none'}"
+            )
         module, _, attribute = target.partition(":")
         return getattr(importlib.import_module(module), attribute)
 
@@ -62,14 +73,47 @@ loaders = Registry(
     "load format",
     {
         "auto": "aserve.model.loader.auto:AutoLoader",
-        "dummy": "aserve.model.loader.dummy:DummyLoader",
-        "gguf": "aserve.model.loader.gguf:GGUFLoader",
         "pt": "aserve.model.loader.pt:PtLoader",
         "safetensors": "aserve.model.loader.safetensors:SafetensorsLoader",
+        "npcache": None,
+        "dummy": "aserve.model.loader.dummy:DummyLoader",
+        "tensorizer": None,
+        "gguf": "aserve.model.loader.gguf:GGUFLoader",
+    },
+)
+
+config_readers = Registry(
+    "config reader",
+    {"gguf": "aserve.model.loader.gguf:read_config"},
+)
+"""By file suffix: ``read(path) -> PretrainedConfig`` for weight files that carry their own config."""
+
+quantizations = Registry(
+    "quantization method",
+    {
+        "aqlm": None,
+        "awq": None,
+        "deepspeedfp": None,
+        "fp8": None,
+        "gguf": "aserve.model.loader.gguf:GGUFLoader",
+        "gptq": None,
+        "gptq_marlin": None,
+        "gptq_marlin_24": None,
+        "marlin": None,
+        "sparseml": None,
+        "squeezellm": None,
     },
 )
 
 executors = Registry(
     "executor",
-    {"uni": "aserve.executor.uni:UniExecutor"},
+    {
+        "uni": "aserve.executor.uni:UniExecutor",
+        "ray": None,
+        "mp": None,
+    },
 )
+
+tokenizer_pools = Registry("tokenizer pool", {"ray": None})
+
+guided_backends = Registry("guided decoding backend", {"outlines": None, "lm-format-enforcer": None})

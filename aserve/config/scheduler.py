@@ -1,0 +1,87 @@
+"""Limits and habits of the scheduler."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aserve.config.model import ModelConfig
+from aserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aserve.args import EngineArgs
+
+logger = logging.getLogger(__name__)
+
+OVERLAPS = (0, 1)
+
+_CHUNKED_TOKENS = 512
+_LEAST_DEFAULT_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits of a step.
+
+    max_num_batched_tokens: tokens. max_num_seqs: sequences, not requests. delay_factor: multiple of the
+    last prompt's latency to wait before the next prompt. num_lookahead_slots: KV slots kept ahead of
+    each sequence. overlap: steps launched before the previous one's results are read.
+    """
+
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+    enable_chunked_prefill: bool
+    delay_factor: float
+    num_lookahead_slots: int
+    overlap: int
+
+
+def resolve_scheduler_config(args: EngineArgs, model: ModelConfig) -> SchedulerConfig:
+    if args.max_num_seqs < 1:
+        raise ConfigError(f"max_num_seqs must be at least 1, got {args.max_num_seqs}", param="max_num_seqs")
+    if args.num_lookahead_slots < 0:
+        raise ConfigError(
+            f"num_lookahead_slots must be 0 or more, got {args.num_lookahead_slots}",
+            param="num_lookahead_slots",
+        )
+    if not 0 <= args.scheduler_delay_factor < math.inf:
+        raise ConfigError(
+            f"scheduler_delay_factor must be 0 or more, got {args.scheduler_delay_factor}",
+            param="scheduler_delay_factor",
+        )
+    if args.overlap not in OVERLAPS:
+        raise ConfigError(f"overlap must be 0 or 1, got {args.overlap}", param="overlap")
+    return SchedulerConfig(
+        max_num_batched_tokens=_resolve_token_budget(args, model.max_model_len),
+        max_num_seqs=args.max_num_seqs,
+        max_model_len=model.max_model_len,
+        enable_chunked_prefill=args.enable_chunked_prefill,
+        delay_factor=args.scheduler_delay_factor,
+        num_lookahead_slots=args.num_lookahead_slots,
+        overlap=args.overlap,
+    )
+
+
+def _resolve_token_budget(args: EngineArgs, max_model_len: int) -> int:
+    tokens = args.max_num_batched_tokens
+    if tokens is None:
+        if args.enable_chunked_prefill:
+            tokens = max(_CHUNKED_TOKENS, args.max_num_seqs)
+        else:
+            tokens = max(max_model_len, _LEAST_DEFAULT_TOKENS, args.max_num_seqs)
+    if tokens < max_model_len and not args.enable_chunked_prefill:
+        raise ConfigError(
+            f"max_num_batched_tokens ({tokens}) is less than max_model_len ({max_model_len}), so a long "
+            "prompt would never fit a step; raise it, lower max_model_len or set enable_chunked_prefill",
+            param="max_num_batched_tokens",
+        )
+    if tokens < args.max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens ({tokens}) is less than max_num_seqs "
+            f"({args.max_num_seqs}); raise it or lower max_num_seqs",
+            param="max_num_batched_tokens",
+        )
+    return tokens
