@@ -1,0 +1,144 @@
+"""Logging: one logger tree ``aserve``, one line per record, and the three lines a request leaves.
+
+Nothing a client sends may forge a log line, so every record is written as a single line with its
+unprintable characters escaped, and every line of a traceback is indented.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from aserve.errors import ConfigError
+
+LEVELS = ("debug", "info", "warning", "error", "critical")
+LEVEL_VARIABLE = "ASERVE_LOGGING_LEVEL"
+
+logger = logging.getLogger("aserve")
+
+
+def escape(text: str) -> str:
+    """``text`` on one line: unprintable characters (line ends, terminal codes, direction marks) escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class LineFormatter(logging.Formatter):
+    """One line per record; tracebacks follow, indented."""
+
+    def __init__(self) -> None:
+        super().__init__("%(levelname)s %(asctime)s %(name)s: %(message)s", "%m-%d %H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = escape(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join("    " + escape(line) for line in super().formatException(ei).split("\n"))
+
+
+def resolve_level(name: str) -> int:
+    """Number of a level name, any case; ``trace`` counts as ``debug``. Raises ConfigError for others."""
+    lowered = name.strip().lower()
+    if lowered == "trace":
+        lowered = "debug"
+    if lowered not in LEVELS:
+        raise ConfigError(f"unknown log level {name!r}; known: {', '.join(LEVELS)}")
+    return int(getattr(logging, lowered.upper()))
+
+
+def setup(level: str | None = None) -> logging.Logger:
+    """Send aserve's records to standard error and return the logger.
+
+    ``level`` wins over the environment variable ASERVE_LOGGING_LEVEL; the default is ``info``. Called
+    by the command line and by ``aserve.app``; a program that uses aserve as a library configures
+    logging itself. Calling it again only changes the level.
+    """
+    logger.setLevel(resolve_level(level or os.environ.get(LEVEL_VARIABLE) or "info"))
+    if not any(isinstance(handler.formatter, LineFormatter) for handler in logger.handlers):
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(LineFormatter())
+        logger.addHandler(handler)
+        logger.propagate = False
+    return logger
+
+
+def shorten(value: str | Sequence[int] | None, limit: int | None) -> str:
+    """``value`` as it appears in the log: its first ``limit`` characters or ids (0: none, None: all).
+
+    Text comes back quoted and on one line.
+    """
+    if value is None:
+        return "None"
+    if isinstance(value, str):
+        return repr(value if limit is None else value[:limit])
+    return str(list(value if limit is None else value[:limit]))
+
+
+class RequestLog:
+    """One INFO line when a request is accepted and one when it ends, whatever ends it.
+
+    enabled: False silences all of them (``--disable-log-requests``).
+    max_log_len: characters of prompt text and number of prompt ids shown; None shows all.
+    """
+
+    def __init__(self, *, enabled: bool = True, max_log_len: int | None = None) -> None:
+        if max_log_len is not None and max_log_len < 0:
+            raise ConfigError(f"max_log_len must be at least 0, got {max_log_len}")
+        self.enabled = enabled
+        self.max_log_len = max_log_len
+        self._logger = logging.getLogger("aserve.requests")
+
+    def _active(self) -> bool:
+        return self.enabled and self._logger.isEnabledFor(logging.INFO)
+
+    def accepted(
+        self,
+        request_id: str,
+        *,
+        prompt: str | None,
+        prompt_token_ids: Sequence[int] | None,
+        params: object,
+        lora_request: object = None,
+    ) -> None:
+        if not self._active():
+            return
+        self._logger.info(
+            "accepted %s: prompt: %s, params: %s, prompt_token_ids: %s, lora_request: %s",
+            escape(request_id),
+            shorten(prompt, self.max_log_len),
+            escape(repr(params)),
+            shorten(prompt_token_ids, self.max_log_len),
+            escape(repr(lora_request)),
+        )
+
+    def finished(
+        self,
+        request_id: str,
+        *,
+        reasons: Sequence[str | None],
+        prompt_tokens: int,
+        generation_tokens: int,
+        seconds: float,
+    ) -> None:
+        if self._active():
+            self._logger.info(
+                "finished %s: %s, %d prompt + %d generated tokens in %.3f s",
+                escape(request_id),
+                ",".join(str(reason) for reason in reasons),
+                prompt_tokens,
+                generation_tokens,
+                seconds,
+            )
+
+    def aborted(self, request_id: str, *, cause: str) -> None:
+        if self._active():
+            self._logger.info("aborted %s: %s", escape(request_id), escape(cause))
+
+    def failed(self, request_id: str, *, cause: str) -> None:
+        if self._active():
+            self._logger.info("failed %s: %s", escape(request_id), escape(cause))

@@ -1,0 +1,34 @@
+"""What every test shares: no network, few threads, and where the packaged models are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+for _name in ("ASERVE_ARGS", "ASERVE_LOGGING_LEVEL", "ASERVE_API_KEY", "VLLM_API_KEY"):
+    os.environ.pop(_name, None)
+
+
+def packaged(name: str) -> Path:
+    from aserve.packaged import resolve
+
+    path = resolve(name)
+    assert path is not None, f"{name} is not a packaged model"
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The GGUF file of the packaged SmolLM2."""
+    return packaged("smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma3_path() -> Path:
+    """The GGUF file of the packaged Gemma 3 270M."""
+    return packaged("gemma3-270m")

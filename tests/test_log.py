@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from aserve import log
+from aserve.errors import ConfigError
+
+
+@pytest.fixture
+def written(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
+    """aserve's logger as if never set up, and a call that returns what it has written since."""
+    logger = log.logger
+    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
+    logger.handlers = []
+    yield lambda: capsys.readouterr().err
+    logger.handlers, logger.propagate = handlers, propagate
+    logger.setLevel(level)
+
+
+def test_level_comes_from_argument_then_environment(
+    written: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASERVE_LOGGING_LEVEL", "warning")
+    assert log.setup().level == logging.WARNING
+    assert log.setup("debug").level == logging.DEBUG
+    assert log.setup("trace").level == logging.DEBUG
+    monkeypatch.delenv("ASERVE_LOGGING_LEVEL")
+    assert log.setup().level == logging.INFO
+
+
+def test_unknown_level_is_refused(written: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASERVE_LOGGING_LEVEL", "loud")
+    with pytest.raises(ConfigError, match="loud"):
+        log.setup()
+
+
+def test_setting_up_twice_writes_once(written: Callable[[], str]) -> None:
+    log.setup()
+    log.setup()
+    logging.getLogger("aserve.engine").info("started")
+    assert written().count("started") == 1
+
+
+def test_a_record_is_one_line_whatever_it_holds(written: Callable[[], str]) -> None:
+    log.setup()
+    hostile = "a\nINFO forged\r\x1b[2J\u2028b\x00\u202e"
+    log.logger.info("got %s", hostile)
+    lines = written().splitlines()
+    assert len(lines) == 1
+    assert lines[0].isprintable()
+    assert "a\\nINFO forged" in lines[0]
+
+
+def test_a_traceback_cannot_forge_a_record(written: Callable[[], str]) -> None:
+    log.setup()
+    try:
+        raise ValueError("bad\nINFO 01-01 00:00:00 aserve: all is well")
+    except ValueError:
+        log.logger.exception("request failed")
+    lines = written().splitlines()
+    assert lines[0].startswith("ERROR ")
+    assert len(lines) > 3
+    assert all(line.startswith("    ") for line in lines[1:])
+    assert any("all is well" in line for line in lines[1:])
+
+
+@pytest.mark.parametrize(
+    ("limit", "text", "ids"),
+    [(None, "'abcdef'", "[1, 2, 3]"), (2, "'ab'", "[1, 2]"), (0, "''", "[]"), (99, "'abcdef'", "[1, 2, 3]")],
+)
+def test_shorten(limit: int | None, text: str, ids: str) -> None:
+    assert log.shorten("abcdef", limit) == text
+    assert log.shorten([1, 2, 3], limit) == ids
+    assert log.shorten(None, limit) == "None"
+
+
+def test_request_lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log.logger, "propagate", True)
+    caplog.set_level(logging.INFO, logger="aserve")
+    requests = log.RequestLog(max_log_len=3)
+    requests.accepted("r\n1", prompt="a\nbcd", prompt_token_ids=[5, 6, 7, 8], params={"n": 1})
+    requests.finished("r1", reasons=["stop", None], prompt_tokens=4, generation_tokens=2, seconds=0.5)
+    requests.aborted("r2", cause="client\ngone")
+    requests.failed("r3", cause="nan")
+    accepted, finished, aborted, failed = (record.getMessage() for record in caplog.records)
+    assert "r\\n1" in accepted and "'a\\nb'" in accepted and "[5, 6, 7]" in accepted and "8" not in accepted
+    assert "stop,None" in finished and "4 prompt + 2 generated" in finished
+    assert aborted == "aborted r2: client\\ngone"
+    assert failed == "failed r3: nan"
+    assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
+def test_disabled_request_log_is_silent(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log.logger, "propagate", True)
+    caplog.set_level(logging.INFO, logger="aserve")
+    requests = log.RequestLog(enabled=False)
+    requests.accepted("r", prompt="x", prompt_token_ids=[1], params=None)
+    requests.finished("r", reasons=["stop"], prompt_tokens=1, generation_tokens=1, seconds=0.1)
+    requests.aborted("r", cause="c")
+    requests.failed("r", cause="c")
+    assert caplog.records == []
+
+
+def test_negative_max_log_len_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_log_len"):
+        log.RequestLog(max_log_len=-1)
