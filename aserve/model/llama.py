@@ -45,8 +45,7 @@ class LlamaForCausalLM(Model):
         )
         self.embedding = Embedding(self.build, "model.embed_tokens", hf.vocab_size, hf.hidden_size)
         self.layers = [
-            DecoderLayer(self.build, hf, index, head_size, rotary)
-            for index in range(hf.num_hidden_layers)
+            DecoderLayer(self.build, hf, index, head_size, rotary) for index in range(hf.num_hidden_layers)
         ]
         self.norm = RMSNorm(self.build, "model.norm", hf.hidden_size, hf.rms_norm_eps)
         self.tied = bool(hf.tie_word_embeddings)
@@ -104,9 +103,7 @@ class DecoderLayer:
         self.out = build.linear(
             {f"{prefix}.self_attn.o_proj": hf.hidden_size}, heads * head_size, bias=attention_bias
         )
-        self.post_norm = RMSNorm(
-            build, f"{prefix}.post_attention_layernorm", hf.hidden_size, hf.rms_norm_eps
-        )
+        self.post_norm = RMSNorm(build, f"{prefix}.post_attention_layernorm", hf.hidden_size, hf.rms_norm_eps)
         self.gate_up = build.linear(
             {
                 f"{prefix}.mlp.gate_proj": hf.intermediate_size,

@@ -55,8 +55,7 @@ class OPTForCausalLM(Model):
             self.project_in = self.build.linear({f"{prefix}.project_in": hidden}, width)
             self.project_out = self.build.linear({f"{prefix}.project_out": width}, hidden)
         self.layers = [
-            DecoderLayer(self.build, hf, f"{prefix}.layers.{index}")
-            for index in range(hf.num_hidden_layers)
+            DecoderLayer(self.build, hf, f"{prefix}.layers.{index}") for index in range(hf.num_hidden_layers)
         ]
         self.final_norm = None
         if hf.do_layer_norm_before and not hf._remove_final_layer_norm:
@@ -118,9 +117,7 @@ class DecoderLayer:
         self.attention = PagedAttention(
             num_heads=heads, num_kv_heads=heads, head_size=head_size, scale=head_size**-0.5
         )
-        self.out = build.linear(
-            {f"{prefix}.self_attn.out_proj": hidden}, hidden, bias=hf.enable_bias
-        )
+        self.out = build.linear({f"{prefix}.self_attn.out_proj": hidden}, hidden, bias=hf.enable_bias)
         self.final_norm = _layer_norm(build, f"{prefix}.final_layer_norm", hf)
         self.fc1 = build.linear({f"{prefix}.fc1": hf.ffn_dim}, hidden, bias=hf.enable_bias)
         self.fc2 = build.linear({f"{prefix}.fc2": hidden}, hf.ffn_dim, bias=hf.enable_bias)

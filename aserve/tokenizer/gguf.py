@@ -233,9 +233,7 @@ def derive_merges(tokens: list[str], order: list[float]) -> list[tuple[str, str]
     return [(left, right) for *_, left, right in found]
 
 
-def _add_post_processor(
-    file: GGUFFile, tokenizer: Tokenizer, tokens: list[str], default_bos: bool
-) -> None:
+def _add_post_processor(file: GGUFFile, tokenizer: Tokenizer, tokens: list[str], default_bos: bool) -> None:
     from tokenizers import processors
 
     template, special = ["$A"], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,18 +64,18 @@ class PagedRunner:
         for sequence, tokens in rows:
             table = self._tables.setdefault(sequence, [])
             done = self._lengths.get(sequence, 0)
-            for offset, token in enumerate(tokens):
-                position = done + offset
+            for position, token in enumerate(tokens, start=done):
                 if position // self.block_size == len(table):
                     table.append(self._free.pop())
                 token_ids.append(token)
                 positions.append(position)
-                slots.append(table[position // self.block_size] * self.block_size + position % self.block_size)
+                block, offset = divmod(position, self.block_size)
+                slots.append(table[block] * self.block_size + offset)
             self._lengths[sequence] = done + len(tokens)
             starts.append(len(token_ids))
         hidden = self._forward(token_ids, positions, slots, starts, [sequence for sequence, _ in rows])
         logits = self.model.compute_logits(hidden)
-        return [logits[start:end] for start, end in zip(starts, starts[1:], strict=False)]
+        return [logits[start:end] for start, end in itertools.pairwise(starts)]
 
     def _forward(
         self,
@@ -87,7 +88,7 @@ class PagedRunner:
         lengths = [self._lengths[sequence] for sequence in sequences]
         tables = [self._tables[sequence] for sequence in sequences]
         width = max(map(len, tables))
-        counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+        counts = [end - start for start, end in itertools.pairwise(starts)]
         num_decode = next((i for i, count in enumerate(reversed(counts)) if count > 1), len(counts))
         meta = AttentionMetadata(
             query_start=torch.tensor(starts, dtype=torch.int32),
@@ -103,9 +104,7 @@ class PagedRunner:
             seq_lens_host=lengths,
         )
         with torch.inference_mode():
-            return self.model.forward(
-                torch.tensor(token_ids), torch.tensor(positions), self.caches, meta
-            )
+            return self.model.forward(torch.tensor(token_ids), torch.tensor(positions), self.caches, meta)
 
 
 def whole_logits(model: Model, tokens: list[int], block_size: int = 16) -> torch.Tensor:

@@ -11,7 +11,7 @@ from aserve.errors import ConfigError
 
 
 def gated_activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The function ``[..., 2 * d] -> [..., d]`` that activates the first half and multiplies by the second."""
+    """Activates the first half of ``[..., 2 * d]`` and multiplies by the second: ``[..., d]``."""
     if name == "silu":
         return lambda x: ops.silu_and_mul(x)
     if name in ("gelu_pytorch_tanh", "gelu_new"):
@@ -19,5 +19,6 @@ def gated_activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     if name == "gelu":
         return lambda x: ops.gelu_and_mul(x, "none")
     raise ConfigError(
-        f"activation {name!r} is not supported in gated layers; known: gelu, gelu_new, gelu_pytorch_tanh, silu"
+        f"activation {name!r} is not supported in gated layers; "
+        "known: gelu, gelu_new, gelu_pytorch_tanh, silu"
     )

@@ -40,9 +40,7 @@ class PagedAttention:
         if self.rotary is not None:
             q, k = self.rotary.apply(q, k, positions)
         ops.store_kv(k, v, cache, meta.slot_mapping)
-        out = ops.paged_attention(
-            q, cache, meta, self.scale, window=self.window, softcap=self.softcap
-        )
+        out = ops.paged_attention(q, cache, meta, self.scale, window=self.window, softcap=self.softcap)
         return out.reshape(q.shape[0], self.num_heads * self.head_size)
 
     def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -16,9 +16,7 @@ class RMSNorm:
     kept in float32, since rounding it to bfloat16 would drop most of a small ``w``.
     """
 
-    def __init__(
-        self, build: Build, name: str, width: int, eps: float, unit_offset: bool = False
-    ) -> None:
+    def __init__(self, build: Build, name: str, width: int, eps: float, unit_offset: bool = False) -> None:
         self.weight = build.empty(width, dtype=torch.float32 if unit_offset else None)
         self.eps = eps
         build.table.add(f"{name}.weight", self.weight)
@@ -32,9 +30,7 @@ class RMSNorm:
         """x: ``[..., width]``."""
         return ops.rms_norm(x, self.weight, self.eps)
 
-    def add_apply(
-        self, x: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_apply(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """``(norm(x + residual), x + residual)``; without a residual, ``(norm(x), x)``."""
         if residual is None:
             return ops.rms_norm(x, self.weight, self.eps), x
@@ -44,9 +40,7 @@ class RMSNorm:
 class LayerNorm:
     """Layer norm (Ba et al. 2016); without ``affine`` there is nothing to load."""
 
-    def __init__(
-        self, build: Build, name: str, width: int, eps: float = 1e-5, affine: bool = True
-    ) -> None:
+    def __init__(self, build: Build, name: str, width: int, eps: float = 1e-5, affine: bool = True) -> None:
         self.width, self.eps = width, eps
         self.weight = build.empty(width) if affine else None
         self.bias = build.empty(width) if affine else None

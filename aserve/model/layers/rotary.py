@@ -56,7 +56,7 @@ def rope_parameters(
         found = found[layer_type] or {}
     scaling = getattr(hf_config, "rope_scaling", None)
     merged = dict(found) if found else dict(scaling or {})
-    theta = merged.get("rope_theta") or getattr(hf_config, "rope_theta", None) or 10000.0
+    theta: float = merged.get("rope_theta") or getattr(hf_config, "rope_theta", None) or 10000.0
     partial = merged.get("partial_rotary_factor", getattr(hf_config, "partial_rotary_factor", None))
     if override is not None:
         merged = dict(override)

@@ -18,9 +18,7 @@ _CHUNK = 1 << 20  # values decoded at a time: the float32 intermediates stay in 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def dequantize(
-    raw: torch.Tensor, ggml_type: int, shape: tuple[int, ...], dtype: torch.dtype
-) -> torch.Tensor:
+def dequantize(raw: torch.Tensor, ggml_type: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Decodes the bytes ``raw`` (uint8, 1-D) of one tensor into ``dtype`` and ``shape`` (row-major).
 
     ConfigError: a type that neither this module nor the ``gguf`` package decodes.

@@ -10,7 +10,7 @@ import torch
 
 from aserve.errors import ConfigError
 from aserve.gguf.config import read_config
-from aserve.gguf.reader import GGUFFile, open_gguf
+from aserve.gguf.reader import open_gguf
 from aserve.model.loader.base import Loader, Weights
 from aserve.model.loader.dequant import dequantize
 
@@ -69,9 +69,7 @@ def read_weights(path: str, dtype: torch.dtype) -> Weights:
             continue
         name = _hf_name(info.name, norms)
         raw = torch.from_numpy(file.tensor_bytes(info))
-        tensor = dequantize(
-            raw, info.ggml_type, info.shape, dtype if len(info.shape) > 1 else torch.float32
-        )
+        tensor = dequantize(raw, info.ggml_type, info.shape, dtype if len(info.shape) > 1 else torch.float32)
         if is_llama and ".self_attn.q_proj." in name:
             tensor = _to_halves(tensor, heads)
         elif is_llama and ".self_attn.k_proj." in name:
