@@ -5,32 +5,46 @@ from __future__ import annotations
 import itertools
 import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from aserve.attention.base import AttentionMetadata, KVCache
+from aserve.config.load import LoadConfig
+from aserve.config.model import ModelConfig
 from aserve.model.base import Model
 from aserve.model.loader import load_model
 
 
 def load(path: str | Path, hf_config: Any, max_model_len: int, **settings: Any) -> Model:
-    """Loads ``path`` in float32 on the CPU. Settings: load_format, dtype, rope_scaling."""
-    model_config: Any = SimpleNamespace(
+    """Loads ``path`` on the CPU. Settings: load_format, extra_config, dtype (float32), rope_scaling."""
+    model_config = ModelConfig(
         model=str(path),
-        architecture=hf_config.architectures[0],
-        hf_config=hf_config,
-        dtype=settings.get("dtype", "float32"),
-        max_model_len=max_model_len,
-        rope_scaling=settings.get("rope_scaling"),
+        served_model_name=["tiny"],
+        tokenizer=str(path),
+        tokenizer_mode="auto",
+        skip_tokenizer_init=True,
+        trust_remote_code=False,
         revision=None,
+        code_revision=None,
+        tokenizer_revision=None,
+        dtype=settings.pop("dtype", "float32"),
+        seed=0,
+        max_model_len=max_model_len,
+        quantization=None,
+        rope_scaling=settings.pop("rope_scaling", None),
+        hf_config=hf_config,
+        max_logprobs=5,
+        enforce_eager=True,
+        max_seq_len_to_capture=max_model_len,
     )
-    load_config: Any = SimpleNamespace(
-        load_format=settings.get("load_format", "auto"),
+    load_config = LoadConfig(
+        load_format=settings.pop("load_format", "auto"),
         download_dir=None,
-        extra_config=settings.get("extra_config", {}),
+        extra_config=settings.pop("extra_config", {}),
     )
+    if settings:
+        raise TypeError(f"unknown settings {sorted(settings)}")
     return load_model(model_config, load_config, torch.device("cpu"))
 
 
