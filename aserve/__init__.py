@@ -24,7 +24,7 @@ _HOMES = {
     "SamplingParams": "aserve.messages.params",
 }
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - plain alphabetical order
     "AsyncEngineArgs",
     "AsyncEngineDeadError",
     "AsyncLLMEngine",

@@ -1,1 +1,1 @@
-
+"""The running engine: requests in, steps, outputs out."""

@@ -1,0 +1,149 @@
+"""From what callers pass to what the scheduler queues."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import Any
+
+from aserve.config.engine import EngineConfig
+from aserve.core.sequence import SequenceGroup
+from aserve.errors import InvalidRequestError
+from aserve.messages.inputs import LoRARequest, MultiModalData, PoolingParams, PromptInputs
+from aserve.messages.params import SamplingParams
+
+_MASK64 = (1 << 64) - 1
+
+
+class InputProcessor:
+    """Validates and tokenises requests. Everything it refuses, it refuses with InvalidRequestError."""
+
+    def __init__(self, config: EngineConfig, tokenizer: Any | None, generation_eos: set[int]) -> None:
+        self.tokenizer = tokenizer
+        self.eos_token_id: int | None = None if tokenizer is None else tokenizer.eos_token_id
+        self._config = config
+        self._extra_stop_ids = generation_eos - {self.eos_token_id}
+        self._rng = random.Random(config.model.seed)
+        self._lock = threading.Lock()
+        self._fast = tokenizer is not None and tokenizer.is_fast
+
+    # ---------------------------------------------------------------- prompts
+
+    def split(
+        self, inputs: PromptInputs | None, prompt_token_ids: list[int] | None = None
+    ) -> tuple[str | None, list[int] | None]:
+        """Text and token ids of a prompt in any of its forms; at least one is not None."""
+        text: Any = inputs
+        ids: Any = prompt_token_ids
+        if isinstance(inputs, dict):
+            text = inputs.get("prompt")
+            ids = inputs.get("prompt_token_ids") if ids is None else ids
+        if text is not None and not isinstance(text, str):
+            raise InvalidRequestError(f"prompt must be a string, got {type(text).__name__}", param="prompt")
+        if text is None and ids is None:
+            raise InvalidRequestError("either prompt or prompt_token_ids is required", param="prompt")
+        if text is not None and ids is None and self.tokenizer is None:
+            raise InvalidRequestError(
+                "prompt cannot be tokenised because skip_tokenizer_init is set; pass prompt_token_ids",
+                param="prompt",
+            )
+        return text, ids
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. May be called from any thread."""
+        if self.tokenizer is None:
+            raise InvalidRequestError("there is no tokenizer: skip_tokenizer_init is set", param="prompt")
+        if self._fast:
+            # The wrapper resets truncation and padding on every call, which is not thread-safe; the
+            # tokenizer beneath it only reads.
+            backend = self.tokenizer.backend_tokenizer
+            return list(backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        with self._lock:
+            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    # ---------------------------------------------------------------- requests
+
+    def check_params(self, params: object) -> SamplingParams:
+        """Refuses what this engine cannot honour, before any work is done on the prompt."""
+        if isinstance(params, PoolingParams):
+            raise InvalidRequestError(
+                "this model generates text; it does not serve embeddings", param="params"
+            )
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError(
+                f"params must be SamplingParams, got {type(params).__name__}", param="params"
+            )
+        if params.use_beam_search:
+            raise InvalidRequestError(
+                "use_beam_search is not available in this release; use best_of with a temperature above 0",
+                param="use_beam_search",
+            )
+        width = params.best_of or params.n
+        max_num_seqs = self._config.scheduler.max_num_seqs
+        if width > max_num_seqs:
+            raise InvalidRequestError(
+                f"best_of={width} exceeds max_num_seqs={max_num_seqs} of this engine", param="best_of"
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name)
+            if value is not None and value > self._config.model.max_logprobs:
+                raise InvalidRequestError(
+                    f"{name}={value} exceeds max_logprobs={self._config.model.max_logprobs} of this engine",
+                    param=name,
+                )
+        vocab_size = self._config.model.vocab_size
+        for token in params.logit_bias or ():
+            if not 0 <= token < vocab_size:
+                raise InvalidRequestError(
+                    f"logit_bias names token {token}; the vocabulary has {vocab_size}", param="logit_bias"
+                )
+        if params.stop and (self.tokenizer is None or not params.detokenize):
+            raise InvalidRequestError("stop strings need detokenisation, which is off", param="stop")
+        return params
+
+    def make_group(
+        self,
+        request_id: str,
+        text: str | None,
+        token_ids: list[int],
+        params: SamplingParams,
+        arrival_time: float,
+        lora_request: LoRARequest | None = None,
+        multi_modal_data: MultiModalData | None = None,
+    ) -> SequenceGroup:
+        """A request ready to be queued; ``params`` has passed ``check_params`` and is not modified."""
+        if lora_request is not None:
+            raise InvalidRequestError(
+                f"LoRA is not enabled, so adapter {lora_request.lora_name!r} cannot be used",
+                param="lora_request",
+            )
+        if multi_modal_data is not None:
+            raise InvalidRequestError("this model takes text only", param="multi_modal_data")
+        if not token_ids:
+            raise InvalidRequestError("the prompt is empty", param="prompt")
+        vocab_size = self._config.model.vocab_size
+        # Bounds first: a full scan with messages is needed only for a prompt that fails them.
+        if any(type(token) is not int for token in token_ids) or not (
+            min(token_ids) >= 0 and max(token_ids) < vocab_size
+        ):
+            raise InvalidRequestError(
+                f"token ids must be integers from 0 to {vocab_size - 1}", param="prompt_token_ids"
+            )
+        params = params.clone()
+        if not params.ignore_eos and self._extra_stop_ids:
+            params.stop_token_ids = sorted({*(params.stop_token_ids or ()), *self._extra_stop_ids})
+        if params.seed is None:
+            rng_base = self._rng.getrandbits(64)
+        else:
+            rng_base = params.seed & _MASK64
+        return SequenceGroup(
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=list(token_ids),
+            params=params,
+            arrival_time=arrival_time,
+            max_model_len=self._config.model.max_model_len,
+            rng_base=rng_base,
+            eos_token_id=self.eos_token_id,
+            lora_request=lora_request,
+        )

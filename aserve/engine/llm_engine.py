@@ -1,0 +1,318 @@
+"""LLMEngine: scheduler, executor, and what stands before and behind them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from aserve import registry
+from aserve.args import EngineArgs
+from aserve.config.cache import CacheConfig
+from aserve.config.decoding import DecodingConfig
+from aserve.config.device import DeviceConfig
+from aserve.config.engine import EngineConfig
+from aserve.config.load import LoadConfig
+from aserve.config.lora import LoRAConfig
+from aserve.config.model import ModelConfig
+from aserve.config.parallel import ParallelConfig
+from aserve.config.scheduler import SchedulerConfig
+from aserve.config.speculative import SpeculativeConfig
+from aserve.config.tokenizer_pool import TokenizerPoolConfig
+from aserve.config.vision import VisionLanguageConfig
+from aserve.core.scheduler import Scheduler, SchedulerLimits
+from aserve.core.sequence import SequenceGroup
+from aserve.engine.input import InputProcessor
+from aserve.engine.output import OutputProcessor, Sink
+from aserve.engine.stats import EngineStats
+from aserve.engine.stream import Mailbox
+from aserve.errors import AserveError
+from aserve.executor.base import ExecutorBase
+from aserve.messages.inputs import (
+    LoRARequest,
+    MultiModalData,
+    OutputKind,
+    PromptInputs,
+    UsageContext,
+)
+from aserve.messages.outputs import RequestOutput
+from aserve.messages.params import SamplingParams
+from aserve.messages.step import StepPlan, StepResult
+from aserve.tokenizer.loader import load_generation_eos, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class LLMEngine:
+    """Receives requests and generates text, one ``step`` at a time.
+
+    Constructing it loads the model: it is then ready. ``LLM`` and ``AsyncLLMEngine`` are built on it;
+    used directly, ``add_request`` and ``step`` belong to one thread.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        cache_config: CacheConfig,
+        parallel_config: ParallelConfig,
+        scheduler_config: SchedulerConfig,
+        device_config: DeviceConfig,
+        load_config: LoadConfig,
+        lora_config: LoRAConfig | None,
+        vision_language_config: VisionLanguageConfig | None,
+        speculative_config: SpeculativeConfig | None,
+        decoding_config: DecodingConfig | None,
+        executor_class: type[ExecutorBase],
+        log_stats: bool,
+        usage_context: UsageContext = UsageContext.ENGINE_CONTEXT,
+        tokenizer_pool_config: TokenizerPoolConfig | None = None,
+    ) -> None:
+        started = time.perf_counter()
+        self.config = config = EngineConfig(
+            model=model_config,
+            cache=cache_config,
+            parallel=parallel_config,
+            scheduler=scheduler_config,
+            device=device_config,
+            load=load_config,
+            lora=lora_config,
+            vision_language=vision_language_config,
+            speculative=speculative_config,
+            decoding=decoding_config or DecodingConfig(guided_decoding_backend="outlines"),
+            tokenizer_pool=tokenizer_pool_config,
+        )
+        self.model_config = model_config
+        self.usage_context = usage_context
+        self.executor = executor_class(config)
+        try:
+            capacity = self.executor.start()
+            before = time.perf_counter()
+            tokenizer = None
+            if not model_config.skip_tokenizer_init:
+                tokenizer = load_tokenizer(
+                    model_config.tokenizer,
+                    mode=model_config.tokenizer_mode,
+                    trust_remote_code=model_config.trust_remote_code,
+                    revision=model_config.tokenizer_revision,
+                )
+            tokenizer_seconds = time.perf_counter() - before
+            self.capacity = capacity.result()
+        except BaseException:
+            self.executor.close()
+            raise
+        self.stats = EngineStats(
+            config,
+            enabled=log_stats,
+            num_gpu_blocks=self.capacity.num_gpu_blocks,
+            num_cpu_blocks=self.capacity.num_cpu_blocks,
+        )
+        self.input = InputProcessor(config, tokenizer, load_generation_eos(model_config.model))
+        self.core = Scheduler(
+            SchedulerLimits(
+                num_blocks=self.capacity.num_gpu_blocks,
+                block_size=cache_config.block_size,
+                max_num_batched_tokens=scheduler_config.max_num_batched_tokens,
+                max_num_seqs=self.capacity.num_slots,
+                chunked_prefill=scheduler_config.enable_chunked_prefill,
+                delay_factor=scheduler_config.delay_factor,
+            )
+        )
+        self.output = OutputProcessor(self.core, tokenizer, self.stats)
+        self._ready_outputs: list[RequestOutput] = []
+        self._preemptions_told = 0
+        # Not a bound method: the statistics must not keep the engine, and its device memory, alive.
+        stats, core = self.stats, self.core
+        stats.refresh = lambda: stats.set_load(**_load_of(core))
+        self.phases = {**self.capacity.phases, "tokenizer": tokenizer_seconds}
+        self.phases["total"] = time.perf_counter() - started
+        self._log_start()
+
+    @classmethod
+    def from_engine_args(
+        cls, engine_args: EngineArgs, usage_context: UsageContext = UsageContext.ENGINE_CONTEXT
+    ) -> LLMEngine:
+        """Checks the arguments, then loads the model. Raises ConfigError before weights are read."""
+        config = engine_args.create_engine_config()
+        return cls.from_config(config, not engine_args.disable_log_stats, usage_context)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: EngineConfig,
+        log_stats: bool,
+        usage_context: UsageContext = UsageContext.ENGINE_CONTEXT,
+    ) -> LLMEngine:
+        return cls(
+            config.model,
+            config.cache,
+            config.parallel,
+            config.scheduler,
+            config.device,
+            config.load,
+            config.lora,
+            config.vision_language,
+            config.speculative,
+            config.decoding,
+            executor_class=registry.executors.load("uni"),
+            log_stats=log_stats,
+            usage_context=usage_context,
+            tokenizer_pool_config=config.tokenizer_pool,
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise RuntimeError("an LLMEngine cannot be pickled: it owns a device and its threads")
+
+    # ---------------------------------------------------------------- requests
+
+    def add_request(
+        self,
+        request_id: str,
+        inputs: PromptInputs | None,
+        params: SamplingParams,
+        prompt_token_ids: list[int] | None = None,
+        arrival_time: float | None = None,
+        lora_request: LoRARequest | None = None,
+        multi_modal_data: MultiModalData | None = None,
+    ) -> None:
+        """Queues a request; its outputs come from ``step``.
+
+        Raises InvalidRequestError (a ValueError) for bad input and KeyError for an id already in use.
+        A prompt longer than the model allows is no error: it ends at once with finish_reason "length".
+        """
+        params = self.input.check_params(params)
+        text, ids = self.input.split(inputs, prompt_token_ids)
+        if ids is None:
+            ids = self.input.encode(text or "")
+        group = self.input.make_group(
+            request_id,
+            text,
+            ids,
+            params,
+            time.time() if arrival_time is None else arrival_time,
+            lora_request,
+            multi_modal_data,
+        )
+        self.queue(group, OutputKind.CUMULATIVE, self._ready_outputs.append)
+
+    def queue(
+        self, group: SequenceGroup, kind: OutputKind, sink: Sink, mailbox: Mailbox | None = None
+    ) -> None:
+        """Hands a request to the scheduler; ``sink`` is called with each of its outputs."""
+        accepted = self.core.add(group)
+        self.output.add(group, kind, sink, mailbox)
+        if not accepted:
+            self.output.end_without_tokens(group.seqs[0])
+
+    def abort_request(self, request_id: str | Iterable[str], cause: str = "caller") -> None:
+        """Ends requests at once and frees what they held; unknown ids are ignored."""
+        ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        for each in ids:
+            self.output.drop(each)
+            if self.core.abort(each) is not None:
+                self.stats.on_aborted(cause)
+                self.output.request_log.aborted(each, cause=cause)
+
+    def fail_request(self, request_id: str, error: AserveError, cause: str) -> None:
+        """Ends a request by an error that its caller sees."""
+        self.output.fail(request_id, error)
+        if self.core.abort(request_id) is not None:
+            self.stats.on_aborted(cause)
+            self.output.request_log.aborted(request_id, cause=cause)
+
+    def has_unfinished_requests(self) -> bool:
+        return self.core.num_unfinished > 0
+
+    def get_num_unfinished_requests(self) -> int:
+        return self.core.num_unfinished
+
+    # ---------------------------------------------------------------- steps
+
+    def schedule(self) -> StepPlan | None:
+        """Decides the next step, and tells callers about requests that ended without one."""
+        plan = self.core.schedule(time.time())
+        for seq in self.core.take_capped():
+            self.output.end_without_tokens(seq)
+        return plan
+
+    def commit(self, plan: StepPlan, result: StepResult) -> None:
+        """Applies a finished step and hands its outputs out."""
+        now = time.time()
+        changes = self.core.commit(plan, result, now)
+        self.output.process(changes, now)
+        core = self.core
+        preemptions = core.num_preemptions - self._preemptions_told
+        self._preemptions_told = core.num_preemptions
+        self.stats.on_step(
+            now=now,
+            **_load_of(core),
+            prompt_tokens=sum(plan.counts[: plan.num_prefill_rows]),
+            generation_tokens=len(changes.tokens),
+            preemptions=preemptions,
+        )
+
+    def step(self) -> list[RequestOutput]:
+        """Runs one iteration and returns the outputs it produced, cumulative; [] if there is no work."""
+        plan = self.schedule()
+        if plan is not None:
+            self.commit(plan, self.executor.submit(plan).result())
+        outputs = list(self._ready_outputs)
+        self._ready_outputs.clear()
+        return outputs
+
+    # ---------------------------------------------------------------- the rest
+
+    def get_tokenizer(self) -> Any:
+        return self.input.tokenizer
+
+    def set_tokenizer(self, tokenizer: Any) -> None:
+        """Replaces the tokenizer for requests added from now on."""
+        self.input = InputProcessor(self.config, tokenizer, load_generation_eos(self.config.model.model))
+        self.output.set_tokenizer(tokenizer)
+
+    def get_model_config(self) -> ModelConfig:
+        return self.config.model
+
+    def get_decoding_config(self) -> DecodingConfig:
+        return self.config.decoding
+
+    def check_health(self) -> None:
+        """Raises EngineDeadError if no plan can be run any more."""
+        self.executor.check_health()
+
+    def do_log_stats(self) -> None:
+        self.stats.maybe_log(time.time(), force=True)
+
+    def close(self) -> None:
+        """Ends the executor and its threads. Idempotent."""
+        self.executor.close()
+
+    def __del__(self) -> None:
+        executor = getattr(self, "executor", None)
+        if executor is not None:
+            executor.close()
+
+    def _log_start(self) -> None:
+        facts = dict(self.capacity.description)
+        logger.info(
+            "ready: model %s (%s), %s; max_model_len %d, max_num_seqs %d, usage %s",
+            ", ".join(self.config.model.served_model_name),
+            self.config.model.architecture,
+            ", ".join(f"{name} {value}" for name, value in facts.items()),
+            self.config.model.max_model_len,
+            self.config.scheduler.max_num_seqs,
+            self.usage_context.value,
+        )
+        logger.info(
+            "start-up seconds: %s", ", ".join(f"{name} {value:.2f}" for name, value in self.phases.items())
+        )
+
+
+def _load_of(core: Scheduler) -> dict[str, Any]:
+    return {
+        "running": len(core.running),
+        "waiting": len(core.waiting),
+        "swapped": 0,
+        "gpu_cache_usage": core.blocks.pool.usage,
+        "cpu_cache_usage": 0.0,
+    }

@@ -1,0 +1,345 @@
+"""From drawn tokens to what callers see: text, stop strings, log-probabilities."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from aserve.core.scheduler import Commit, Scheduler, TokenUpdate
+from aserve.core.sequence import Sequence, SequenceGroup, SequenceStatus
+from aserve.engine.stats import EngineStats
+from aserve.engine.stream import Mailbox
+from aserve.errors import AserveError, RequestFailedError
+from aserve.log import RequestLog
+from aserve.messages.inputs import OutputKind
+from aserve.messages.outputs import (
+    CompletionOutput,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    TokenLogprobs,
+)
+from aserve.messages.step import SampleLogprobs
+from aserve.tokenizer.detokenizer import Detokenizer
+from aserve.tokenizer.stop import StopChecker
+
+logger = logging.getLogger(__name__)
+
+Sink = Callable[[RequestOutput], None]
+
+
+class SequenceText:
+    """Text and log-probabilities of one sequence, and how much of them has been handed out."""
+
+    __slots__ = ("detokenizer", "logprobs", "sent_logprobs", "sent_text", "sent_tokens", "stop", "text")
+
+    def __init__(self, detokenizer: Detokenizer | None, stop: StopChecker | None, logprobs: bool) -> None:
+        self.detokenizer = detokenizer
+        self.stop = stop
+        self.text = ""
+        self.logprobs: list[TokenLogprobs] | None = [] if logprobs else None
+        self.sent_text = 0
+        self.sent_tokens = 0
+        self.sent_logprobs = 0
+
+
+class RequestState:
+    """A request on its way out."""
+
+    __slots__ = ("group", "kind", "mailbox", "prompt_logprobs_sent", "sink", "texts")
+
+    def __init__(self, group: SequenceGroup, kind: OutputKind, sink: Sink, mailbox: Mailbox | None) -> None:
+        self.group = group
+        self.kind = kind
+        self.sink = sink
+        self.mailbox = mailbox
+        self.texts: dict[int, SequenceText] = {}
+        self.prompt_logprobs_sent = False
+
+
+class TokenPieces:
+    """Text of single tokens, for the alternatives in log-probabilities; cached per token.
+
+    A token is decoded behind an anchor so that tokenizers that drop a leading space at the start of
+    a text do not drop it here.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self._anchor_text = tokenizer.decode(self._anchor)
+        self._cache: dict[int, str] = {}
+
+    def __getitem__(self, token_id: int) -> str:
+        piece = self._cache.get(token_id)
+        if piece is None:
+            text = self._tokenizer.decode([*self._anchor, token_id])
+            piece = text[len(self._anchor_text) :] if text.startswith(self._anchor_text) else text
+            self._cache[token_id] = piece
+        return piece
+
+
+class OutputProcessor:
+    """Turns committed steps into outputs.
+
+    ``process`` is the only function that loops over the tokens of a step on the way out: text, stop
+    strings, log-probabilities and statistics are all made in that one pass.
+    """
+
+    def __init__(self, scheduler: Scheduler, tokenizer: Any | None, stats: EngineStats) -> None:
+        self._scheduler = scheduler
+        self._tokenizer = tokenizer
+        self._stats = stats
+        self._pieces = TokenPieces(tokenizer) if tokenizer is not None else None
+        self.states: dict[str, RequestState] = {}
+        self.request_log = RequestLog(enabled=False)
+
+    def set_tokenizer(self, tokenizer: Any | None) -> None:
+        self._tokenizer = tokenizer
+        self._pieces = TokenPieces(tokenizer) if tokenizer is not None else None
+
+    # ---------------------------------------------------------------- requests
+
+    def add(
+        self, group: SequenceGroup, kind: OutputKind, sink: Sink, mailbox: Mailbox | None = None
+    ) -> RequestState:
+        state = RequestState(group, kind, sink, mailbox)
+        self.states[group.request_id] = state
+        return state
+
+    def drop(self, request_id: str) -> RequestState | None:
+        """Forgets a request; it gets no further output."""
+        return self.states.pop(request_id, None)
+
+    def fail(self, request_id: str, error: AserveError) -> None:
+        """Ends a request by an error its caller will see."""
+        state = self.states.pop(request_id, None)
+        if state is not None and state.mailbox is not None:
+            state.mailbox.fail(error)
+
+    def end_without_tokens(self, seq: Sequence) -> None:
+        """Tells the caller about a sequence the scheduler ended by itself."""
+        state = self.states.get(seq.group.request_id)
+        if state is None:
+            return
+        text = self._text_of(state, seq)
+        self._flush(text, seq)
+        self._emit(state, {seq.seq_id: None}, time.time())
+
+    # ---------------------------------------------------------------- steps
+
+    def process(self, changes: Commit, now: float) -> None:
+        dirty: dict[str, dict[int, None]] = {}
+        stats = self._stats
+        for update in changes.tokens:
+            seq = update.seq
+            group = seq.group
+            state = self.states.get(group.request_id)
+            if state is None:
+                continue
+            changed = dirty.get(group.request_id)
+            if changed is None:
+                changed = dirty[group.request_id] = {}
+                if group.first_token_time is None:
+                    group.first_token_time = now
+                    stats.on_first_token(now - group.arrival_time)
+                else:
+                    stats.on_output_token(now - (group.last_token_time or now))
+                group.last_token_time = now
+            changed[seq.seq_id] = None
+            try:
+                self._advance(self._text_of(state, seq), update)
+            except Exception as error:  # one request's text must never end the loop for all others
+                logger.exception("request %s failed while its text was made", group.request_id)
+                for sibling in group.unfinished:
+                    self._scheduler.finish(sibling, SequenceStatus.FINISHED_FAILED)
+                changes.failed.append((group, f"making its text failed ({type(error).__name__})"))
+        for group, reason in changes.failed:
+            stats.on_failed("request")
+            self.request_log.failed(group.request_id, cause=reason)
+            self.fail(group.request_id, RequestFailedError(f"the request could not be completed: {reason}"))
+        for request_id, changed in dirty.items():
+            state = self.states.get(request_id)
+            if state is not None:
+                self._emit(state, changed, now)
+
+    def _text_of(self, state: RequestState, seq: Sequence) -> SequenceText:
+        text = state.texts.get(seq.seq_id)
+        if text is None:
+            params = seq.group.params
+            detokenizer = stop = None
+            if self._tokenizer is not None and params.detokenize:
+                detokenizer = Detokenizer(
+                    self._tokenizer,
+                    seq.group.prompt_token_ids,
+                    skip_special_tokens=params.skip_special_tokens,
+                    spaces_between_special_tokens=params.spaces_between_special_tokens,
+                )
+                if params.stop:
+                    stop = StopChecker(list(params.stop), params.include_stop_str_in_output)
+            text = state.texts[seq.seq_id] = SequenceText(detokenizer, stop, params.logprobs is not None)
+        return text
+
+    def _advance(self, text: SequenceText, update: TokenUpdate) -> None:
+        """Adds one token's text, looks for stop strings, keeps its log-probabilities."""
+        seq = update.seq
+        params = seq.group.params
+        delta = ""
+        if text.detokenizer is not None:
+            by_token = seq.status is SequenceStatus.FINISHED_STOPPED
+            if not by_token or params.include_stop_str_in_output:
+                (delta,) = text.detokenizer.append([update.token_id])
+        if text.logprobs is not None and update.details is not None:
+            text.logprobs.append(self._logprobs(update.token_id, update.details, delta))
+        if text.stop is None:
+            text.text += delta
+        elif delta:
+            found = text.stop.feed(delta, searching=seq.num_output_tokens >= params.min_tokens)
+            text.text = text.stop.text
+            # A stop string comes before the length limits, but after the tokens that end a sequence.
+            if found is not None and seq.status is not SequenceStatus.FINISHED_STOPPED:
+                if seq.finished:
+                    seq.status, seq.stop_reason = SequenceStatus.FINISHED_STOPPED, found
+                else:
+                    self._scheduler.finish(seq, SequenceStatus.FINISHED_STOPPED, found)
+                return
+        if seq.finished:
+            self._flush(text, seq)
+
+    def _flush(self, text: SequenceText, seq: Sequence) -> None:
+        """Hands out what was held back, now that the sequence has ended."""
+        if text.detokenizer is None:
+            return
+        rest = text.detokenizer.flush()
+        if text.stop is None:
+            text.text += rest
+        else:
+            text.stop.finish(rest)
+            text.text = text.stop.text
+
+    def _logprobs(self, token_id: int, details: SampleLogprobs, decoded: str | None) -> TokenLogprobs:
+        pieces = self._pieces
+        if decoded is None and pieces is not None:
+            decoded = pieces[token_id]
+        entry: TokenLogprobs = {token_id: Logprob(details.logprob, details.rank, decoded)}
+        for rank, (other, logprob) in enumerate(zip(details.top_ids, details.top_logprobs, strict=True), 1):
+            if other not in entry:
+                entry[other] = Logprob(logprob, rank, pieces[other] if pieces is not None else None)
+        return entry
+
+    # ---------------------------------------------------------------- outputs
+
+    def _emit(self, state: RequestState, changed: dict[int, None], now: float) -> None:
+        group = state.group
+        finished = group.finished
+        if finished:
+            self.states.pop(group.request_id, None)
+            self._count_finished(group, now)
+        if state.kind is OutputKind.FINAL_ONLY or (
+            state.kind is OutputKind.DELTA and group.width != group.params.n
+        ):
+            if not finished:
+                return
+            outputs = [self._whole(state, seq) for seq in self._best(group)]
+        elif state.kind is OutputKind.DELTA:
+            outputs = [self._delta(state, seq) for seq in group.seqs if seq.seq_id in changed]
+        else:
+            outputs = [self._whole(state, seq) for seq in self._best(group)]
+        state.sink(
+            RequestOutput(
+                request_id=group.request_id,
+                prompt=group.prompt,
+                prompt_token_ids=group.prompt_token_ids,
+                prompt_logprobs=self._prompt_logprobs(state),
+                outputs=outputs,
+                finished=finished,
+                metrics=self._metrics(group, now if finished else None),
+                lora_request=group.lora_request,
+            )
+        )
+
+    @staticmethod
+    def _best(group: SequenceGroup) -> list[Sequence]:
+        """The ``n`` sequences to return: all of them, or those likeliest as a whole, likeliest first."""
+        if group.width == 1:
+            return group.seqs
+        ranked = sorted(group.seqs, key=lambda seq: seq.cumulative_logprob, reverse=True)
+        return ranked[: group.params.n]
+
+    def _whole(self, state: RequestState, seq: Sequence) -> CompletionOutput:
+        text = self._text_of(state, seq)
+        return CompletionOutput(
+            index=seq.index,
+            text=text.text,
+            token_ids=seq.output_token_ids,
+            cumulative_logprob=seq.cumulative_logprob,
+            logprobs=list(text.logprobs) if text.logprobs is not None else None,
+            finish_reason=seq.finish_reason,
+            stop_reason=seq.stop_reason,
+            lora_request=seq.group.lora_request,
+        )
+
+    def _delta(self, state: RequestState, seq: Sequence) -> CompletionOutput:
+        text = self._text_of(state, seq)
+        first = seq.num_prompt_tokens + text.sent_tokens
+        output = CompletionOutput(
+            index=seq.index,
+            text=text.text[text.sent_text :],
+            token_ids=seq.token_ids[first:],
+            cumulative_logprob=seq.cumulative_logprob,
+            logprobs=text.logprobs[text.sent_logprobs :] if text.logprobs is not None else None,
+            finish_reason=seq.finish_reason,
+            stop_reason=seq.stop_reason,
+            lora_request=seq.group.lora_request,
+        )
+        text.sent_text = len(text.text)
+        text.sent_tokens = len(seq.token_ids) - seq.num_prompt_tokens
+        if text.logprobs is not None:
+            text.sent_logprobs = len(text.logprobs)
+        return output
+
+    def _prompt_logprobs(self, state: RequestState) -> list[TokenLogprobs | None] | None:
+        group = state.group
+        if group.params.prompt_logprobs is None:
+            return None
+        if state.kind is OutputKind.DELTA and state.prompt_logprobs_sent:
+            return None
+        state.prompt_logprobs_sent = True
+        entries: list[TokenLogprobs | None] = [None]
+        for token_id, details in zip(group.prompt_token_ids[1:], group.prompt_logprobs, strict=False):
+            entries.append(self._logprobs(token_id, details, None))
+        return entries
+
+    @staticmethod
+    def _metrics(group: SequenceGroup, finished_time: float | None) -> RequestMetrics:
+        scheduled = group.first_scheduled_time
+        return RequestMetrics(
+            arrival_time=group.arrival_time,
+            last_token_time=group.last_token_time,
+            first_scheduled_time=scheduled,
+            first_token_time=group.first_token_time,
+            time_in_queue=None if scheduled is None else scheduled - group.arrival_time,
+            finished_time=finished_time,
+        )
+
+    def _count_finished(self, group: SequenceGroup, now: float) -> None:
+        if group.seqs[0].status is SequenceStatus.FINISHED_IGNORED:
+            self._stats.on_rejected("prompt_too_long")
+            return
+        self.request_log.finished(
+            group.request_id,
+            reasons=[seq.finish_reason for seq in group.seqs],
+            prompt_tokens=group.num_prompt_tokens,
+            generation_tokens=sum(seq.num_output_tokens for seq in group.seqs),
+            seconds=now - group.arrival_time,
+        )
+        self._stats.on_finished(
+            e2e=now - group.arrival_time,
+            prompt_tokens=group.num_prompt_tokens,
+            generation_tokens=[seq.num_output_tokens for seq in group.seqs],
+            n=group.params.n,
+            best_of=group.width,
+            finish_reasons=[seq.finish_reason or "" for seq in group.seqs],
+        )

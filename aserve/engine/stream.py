@@ -1,0 +1,143 @@
+"""One request's way back to whoever asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from aserve.errors import AserveError, RequestFailedError
+from aserve.messages.inputs import OutputKind
+from aserve.messages.outputs import RequestOutput
+
+
+class Mailbox:
+    """The engine's end of a stream: one slot, not a queue.
+
+    A consumer that falls behind finds what it missed merged into one output. Memory is bounded by
+    the request's own length, and a slow reader costs fewer wake-ups rather than more memory.
+    """
+
+    __slots__ = ("_error", "_slot", "_waiter", "ended", "kind")
+
+    def __init__(self, kind: OutputKind) -> None:
+        self.kind = kind
+        self.ended = False
+        self._slot: RequestOutput | None = None
+        self._error: AserveError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, output: RequestOutput) -> None:
+        if self.ended:
+            return
+        if self._slot is not None and self.kind is OutputKind.DELTA:
+            output = merge_deltas(self._slot, output)
+        self._slot = output
+        self.ended = output.finished
+        self._wake()
+
+    def fail(self, error: AserveError) -> None:
+        """Ends the stream; what is still in the slot is delivered before the error."""
+        if not self.ended:
+            self.ended = True
+            self._error = error
+            self._wake()
+
+    def end(self) -> None:
+        """Ends the stream without a last output (the consumer has left)."""
+        if not self.ended:
+            self.ended = True
+            self._slot = None
+            self._wake()
+
+    async def get(self) -> RequestOutput | None:
+        """The next output, or None at the end; raises the error the request ended by."""
+        while self._slot is None:
+            if self._error is not None:
+                raise self._error
+            if self.ended:
+                return None
+            if self._waiter is not None:
+                raise RuntimeError("a stream can be read by one task at a time")
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        output, self._slot = self._slot, None
+        return output
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class OutputStream:
+    """Async iterator over a request's outputs.
+
+    Closing it, leaving it to the garbage collector or cancelling the task that reads it aborts the
+    request if it is unfinished. Iteration raises RequestFailedError, EngineBusyError or
+    EngineDeadError when the request ended by an error.
+    """
+
+    def __init__(self, request_id: str, mailbox: Mailbox, abort: Callable[[str], None]) -> None:
+        self.request_id = request_id
+        self._mailbox = mailbox
+        self._abort = abort
+        self._loop = asyncio.get_running_loop()
+
+    def __aiter__(self) -> OutputStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        try:
+            output = await self._mailbox.get()
+        except asyncio.CancelledError:
+            self.close()
+            raise
+        if output is None:
+            raise StopAsyncIteration
+        return output
+
+    async def final(self) -> RequestOutput:
+        """Reads to the end and returns the last output, whole."""
+        last: RequestOutput | None = None
+        async for output in self:
+            merge = last is not None and self._mailbox.kind is OutputKind.DELTA
+            last = merge_deltas(last, output) if merge and last is not None else output
+        if last is None:
+            raise RequestFailedError(f"request {self.request_id} was aborted before it had any output")
+        return last
+
+    def close(self) -> None:
+        """Aborts the request if it is unfinished. Never blocks; may be called again."""
+        if not self._mailbox.ended:
+            self._mailbox.end()
+            self._abort(self.request_id)
+
+    def __del__(self) -> None:
+        # The collector may run in any thread, and after the loop has closed.
+        if not self._mailbox.ended and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_close_late, self._mailbox, self._abort, self.request_id)
+
+
+def _close_late(mailbox: Mailbox, abort: Callable[[str], None], request_id: str) -> None:
+    if not mailbox.ended:
+        mailbox.end()
+        abort(request_id)
+
+
+def merge_deltas(first: RequestOutput, second: RequestOutput) -> RequestOutput:
+    """Two consecutive delta outputs as one."""
+    merged = {output.index: output for output in first.outputs}
+    for new in second.outputs:
+        old = merged.get(new.index)
+        if old is not None:
+            new.text = old.text + new.text
+            new.token_ids = old.token_ids + new.token_ids
+            if old.logprobs is not None:
+                new.logprobs = old.logprobs + (new.logprobs or [])
+        merged[new.index] = new
+    second.outputs = list(merged.values())
+    if second.prompt_logprobs is None:
+        second.prompt_logprobs = first.prompt_logprobs
+    return second

@@ -1,0 +1,180 @@
+"""One device's share of the engine: load, allocate, and run plans."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import torch
+
+from aserve import ops
+from aserve.config.engine import EngineConfig
+from aserve.messages.step import CacheCapacity, SampleLogprobs, StepPlan, StepResult
+from aserve.model.loader import load_model
+from aserve.sampling.sampler import Sampled, SamplerState
+from aserve.worker import kv_cache
+from aserve.worker.batch_state import BatchState, ModelInputs
+
+_LOGITS_BYTES = 64 << 20
+"""Most memory that the logits of prompt positions may take at once."""
+
+
+class Handle(Protocol):
+    """A launched step. ``wait`` returns its result, at once if ``ready``."""
+
+    ready: bool
+
+    def wait(self) -> StepResult: ...
+
+
+class _Done:
+    """A step that was complete when its launch returned."""
+
+    __slots__ = ("_result",)
+    ready = True
+
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+
+    def wait(self) -> StepResult:
+        return self._result
+
+
+class Worker:
+    """Runs plans one after the other; used from one thread only."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.device = torch.device(config.device.device)
+        self.dtype: torch.dtype = getattr(torch, config.model.dtype)
+
+    @torch.inference_mode()
+    def start(self) -> CacheCapacity:
+        """Loads the model, allocates the cache, runs one warm-up step."""
+        config = self.config
+        phases: dict[str, float] = {}
+        clock = _Stopwatch(phases)
+        torch.manual_seed(config.model.seed)
+        self.model = load_model(config.model, config.load, self.device)
+        clock.lap("weights")
+        block_size = config.cache.block_size
+        shapes = self.model.kv_shapes
+        block_bytes = kv_cache.bytes_per_block(shapes, block_size, self.dtype)
+        num_blocks = kv_cache.count_blocks(config, block_bytes, self.device)
+        self.caches = kv_cache.allocate(num_blocks, shapes, block_size, self.dtype, self.device)
+        num_slots = config.scheduler.max_num_seqs
+        self.batch = BatchState(num_slots, config.model.max_model_len, block_size, self.device)
+        self.sampler = SamplerState(num_slots, config.model.vocab_size, self.device)
+        cache_gib = num_blocks * block_bytes / 2**30
+        clock.lap("KV cache")
+        self._warm_up()
+        clock.lap("warm-up")
+        return CacheCapacity(
+            num_gpu_blocks=num_blocks,
+            num_cpu_blocks=0,
+            num_slots=num_slots,
+            phases=phases,
+            description={
+                "device": str(self.device),
+                "dtype": config.model.dtype,
+                "KV cache": f"{num_blocks} blocks of {block_size} ({cache_gib:.2f} GiB)",
+                "kernels": " ".join(f"{name}={kind}" for name, kind in sorted(ops.kernels().items())),
+                "threads": str(torch.get_num_threads()),
+            },
+        )
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Handle:
+        """Runs a plan. On the CPU the returned step is complete."""
+        self.batch.apply(plan)
+        for new in plan.new:
+            cut = new.num_prompt_tokens
+            self.sampler.add(
+                new.slot,
+                new.params,
+                new.rng_seed,
+                new.token_ids[:cut],
+                new.token_ids[cut:],
+                new.eos_token_id,
+            )
+        for fork in plan.forks:
+            self.sampler.fork(fork.slot, fork.parent_slot, fork.rng_seed)
+        if plan.block_copies:
+            ops.copy_blocks(self.caches, plan.block_copies)
+        inputs = self.batch.inputs(plan)
+        hidden = self.model.forward(inputs.token_ids, inputs.positions, self.caches, inputs.attention)
+        prompt_logprobs = None
+        if self.batch.wants_prompt_logprobs:
+            prompt_logprobs = self._prompt_logprobs(plan, inputs, hidden)
+        if not plan.samples:
+            return _Done(StepResult(plan.step_id, [], [], prompt_logprobs=prompt_logprobs))
+        sampled = self._sample(plan, inputs, hidden)
+        return _Done(
+            StepResult(
+                step_id=plan.step_id,
+                token_ids=sampled.token_ids.tolist(),
+                logprobs=sampled.logprobs.tolist(),
+                details=sampled.details or None,
+                prompt_logprobs=prompt_logprobs,
+                failed=sampled.failed or None,
+            )
+        )
+
+    def _sample(self, plan: StepPlan, inputs: ModelInputs, hidden: torch.Tensor) -> Sampled:
+        rows = [row for row, _ in plan.samples]
+        distinct = list(dict.fromkeys(rows))
+        if len(distinct) < hidden.shape[0]:
+            last = [inputs.query_start[row + 1] - 1 for row in distinct]
+            hidden = hidden[torch.tensor(last, device=self.device)]
+        logits = self.model.compute_logits(hidden)
+        if len(distinct) < len(rows):
+            place = {row: index for index, row in enumerate(distinct)}
+            rows = [place[row] for row in rows]
+        else:
+            rows = list(range(len(rows)))
+        sampled = self.sampler.sample(logits, rows, [slot for _, slot in plan.samples])
+        self.batch.store_drawn(plan, sampled.token_ids)
+        return sampled
+
+    def _prompt_logprobs(
+        self, plan: StepPlan, inputs: ModelInputs, hidden: torch.Tensor
+    ) -> dict[int, list[SampleLogprobs]] | None:
+        piece = max(1, _LOGITS_BYTES // (4 * self.config.model.vocab_size))
+        results: dict[int, list[SampleLogprobs]] = {}
+        for row in range(len(plan.slots)):
+            span = self.batch.prompt_span(plan, row)
+            if span is None:
+                continue
+            count, targets = span
+            first = inputs.query_start[row]
+            entries: list[SampleLogprobs] = []
+            for at in range(0, count, piece):
+                end = min(at + piece, count)
+                logits = self.model.compute_logits(hidden[first + at : first + end])
+                entries += self.sampler.prompt_logprobs(logits, targets[at:end], plan.slots[row])
+            results[row] = entries
+        return results or None
+
+    def _warm_up(self) -> None:
+        """One prompt step and one decode step, so that the first request finds everything loaded.
+
+        Uses block 0 and leaves its contents: whoever gets the block writes before reading.
+        """
+        length = min(16, self.config.cache.block_size, self.config.model.max_model_len)
+        for start, count in ((0, length - 1), (length - 1, 1)):
+            if count > 0:
+                plan = StepPlan(-1, [0], [start], [count], [])
+                inputs = self.batch.inputs(plan)
+                hidden = self.model.forward(inputs.token_ids, inputs.positions, self.caches, inputs.attention)
+                self.model.compute_logits(hidden[-1:])
+
+
+class _Stopwatch:
+    def __init__(self, laps: dict[str, float]) -> None:
+        self._laps = laps
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._laps[name] = now - self._last
+        self._last = now

@@ -1,0 +1,79 @@
+"""Engines over a fake executor."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aserve.args import AsyncEngineArgs
+from aserve.engine.async_engine import AsyncLLMEngine
+from aserve.engine.llm_engine import LLMEngine
+from tests import tiny_checkpoint
+from tests.engine.fake_executor import FakeExecutor
+
+EngineFactory = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint.write(tmp_path_factory.mktemp("tiny"))
+
+
+def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    fake = {name: options.pop(name) for name in ("num_blocks", "step_time", "before_step") if name in options}
+    return options, fake
+
+
+def build(checkpoint: Path, **options: Any) -> LLMEngine:
+    """A loaded LLMEngine; options are engine arguments or FakeExecutor's."""
+    arguments, fake = split(options)
+    arguments = {"load_format": "dummy", "max_num_seqs": 8, "block_size": 8, **arguments}
+    config = AsyncEngineArgs(model=str(checkpoint), **arguments).create_engine_config()
+    return LLMEngine(
+        config.model,
+        config.cache,
+        config.parallel,
+        config.scheduler,
+        config.device,
+        config.load,
+        config.lora,
+        config.vision_language,
+        config.speculative,
+        config.decoding,
+        executor_class=partial(FakeExecutor, **fake),  # type: ignore[arg-type]
+        log_stats=True,
+    )
+
+
+@pytest.fixture
+def make_engine(checkpoint: Path) -> Any:
+    built: list[LLMEngine] = []
+
+    def make(**options: Any) -> LLMEngine:
+        engine = build(checkpoint, **options)
+        built.append(engine)
+        return engine
+
+    yield make
+    for engine in built:
+        engine.close()
+
+
+@pytest.fixture
+async def make_async(checkpoint: Path) -> AsyncIterator[EngineFactory]:
+    built: list[AsyncLLMEngine] = []
+
+    async def make(**options: Any) -> AsyncLLMEngine:
+        engine = AsyncLLMEngine(False, False)
+        engine.engine = build(checkpoint, **options)
+        await engine.start()
+        built.append(engine)
+        return engine
+
+    yield make
+    for engine in built:
+        await engine.stop()
