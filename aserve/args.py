@@ -9,6 +9,8 @@ module reads no model and imports neither torch nor transformers.
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +38,10 @@ __all__ = [
     "ServerArgs",
     "default_model",
     "parse_serve_args",
+    "serve_args_from_environment",
 ]
+
+ARGS_VARIABLE = "ASERVE_ARGS"
 
 EMBEDDED_MODEL = "smollm2"
 HUB_MODEL = "facebook/opt-125m"
@@ -363,3 +368,12 @@ def parse_serve_args(argv: list[str], *, prog: str = "aserve serve") -> tuple[As
     server.take_environment()
     server.check()
     return AsyncEngineArgs.from_cli_args(namespace), server
+
+
+def serve_args_from_environment() -> tuple[AsyncEngineArgs, ServerArgs]:
+    """The same from the flags in the environment variable ``ASERVE_ARGS``, quoted as in a shell."""
+    try:
+        argv = shlex.split(os.environ.get(ARGS_VARIABLE, ""))
+    except ValueError as error:
+        raise ConfigError(f"{ARGS_VARIABLE}: {error}", param=ARGS_VARIABLE) from None
+    return parse_serve_args(argv, prog=ARGS_VARIABLE)

@@ -84,7 +84,7 @@ loaders = Registry(
 
 config_readers = Registry(
     "config reader",
-    {"gguf": "aserve.model.loader.gguf:read_config"},
+    {"gguf": "aserve.gguf.config:read_config"},
 )
 """By file suffix: ``read(path) -> PretrainedConfig`` for weight files that carry their own config."""
 

@@ -48,7 +48,7 @@ def read_hf_config(
             code_revision=code_revision,
             cache_dir=download_dir,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a config may break the library reading it in any way
         message = str(error)
         if "trust_remote_code" in message:
             raise ConfigError(

@@ -58,34 +58,37 @@ def resolve_quantization(
             _check_side_files(requested, model_path)
         return requested
     method = str(checkpoint.get("quant_method", "")).lower()
-    resolved = _override(requested, method, checkpoint, device)
-    if requested not in (None, resolved):
+    if method not in registry.quantizations:
         raise ConfigError(
-            f"quantization is {requested!r} but the checkpoint is quantised with {resolved!r}; "
-            "leave quantization out",
-            param="quantization",
-        )
-    if resolved not in registry.quantizations:
-        raise ConfigError(
-            f"quantization: the checkpoint is quantised with {resolved!r}; "
+            f"quantization: the checkpoint is quantised with {method!r}; "
             f"known: {', '.join(registry.quantizations)}",
             param="quantization",
         )
-    return resolved
+    resolved = _other_reader(requested, method, checkpoint, device)
+    if resolved is None and requested not in (None, method):
+        raise ConfigError(
+            f"quantization is {requested!r} but the checkpoint is quantised with {method!r}; "
+            "leave quantization out",
+            param="quantization",
+        )
+    return resolved or method
 
 
-def _override(requested: str | None, method: str, checkpoint: dict[str, Any], device: DeviceConfig) -> str:
+def _other_reader(
+    requested: str | None, method: str, checkpoint: dict[str, Any], device: DeviceConfig
+) -> str | None:
+    """The method that reads this checkpoint's tensors in place of the one it names, if there is one."""
     layout = checkpoint.get("checkpoint_format")
     if layout == "marlin_24":
-        return "gptq_marlin_24" if requested in (None, "gptq", "gptq_marlin_24") else method
+        return "gptq_marlin_24" if requested in (None, "gptq", "gptq_marlin_24") else None
     if layout == "marlin" or checkpoint.get("is_marlin_format") is True:
-        return "marlin" if requested in (None, "gptq", "marlin") else method
-    if method == "gptq" and _marlin_can_read(checkpoint, device):
-        if requested == "gptq":
-            logger.info("this checkpoint can be read by gptq_marlin too, which is faster")
-            return method
-        return "gptq_marlin" if requested in (None, "marlin", "gptq_marlin") else method
-    return method
+        return "marlin" if requested in (None, "gptq", "marlin") else None
+    if method != "gptq" or not _marlin_can_read(checkpoint, device):
+        return None
+    if requested == "gptq":
+        logger.info("this checkpoint can be read by gptq_marlin too, which is faster")
+        return None
+    return "gptq_marlin" if requested in (None, "marlin", "gptq_marlin") else None
 
 
 def _marlin_can_read(checkpoint: dict[str, Any], device: DeviceConfig) -> bool:
