@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from aserve.args import EngineArgs
-
-logger = logging.getLogger(__name__)
 
 TOKENIZER_MODES = ("auto", "slow")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,8 +11,6 @@ from aserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from aserve.args import EngineArgs
-
-logger = logging.getLogger(__name__)
 
 OVERLAPS = (0, 1)
 
