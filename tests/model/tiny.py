@@ -82,7 +82,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "rope-yarn": (
         "LlamaConfig",
         _GROUPED
-        | {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+        | {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,  # a ramp of several frequencies in so few features
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
     ),
     "rope-yarn-tuned": (
         "LlamaConfig",
@@ -90,6 +97,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {
             "rope_parameters": {
                 "rope_type": "yarn",
+                "rope_theta": 100.0,
                 "factor": 4.0,
                 "original_max_position_embeddings": 16,
                 "beta_fast": 4,
@@ -147,6 +155,7 @@ def make(family: str, **changes: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() == 1 else 0.08))
+    config.architectures = [type(model).__name__]  # as save_pretrained records it
     return model
 
 
