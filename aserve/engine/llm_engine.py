@@ -154,7 +154,7 @@ class LLMEngine:
             config.vision_language,
             config.speculative,
             config.decoding,
-            executor_class=registry.executors.load("uni"),
+            executor_class=registry.executors.load(config.parallel.executor),
             log_stats=log_stats,
             usage_context=usage_context,
             tokenizer_pool_config=config.tokenizer_pool,

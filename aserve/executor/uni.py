@@ -97,6 +97,9 @@ def _run_jobs(jobs: queue.SimpleQueue[_Job | None]) -> None:
     # Module-level functions: a running thread must not keep its executor, and the model, alive.
     while (item := jobs.get()) is not None:
         job, future = item
+        # From here on the future cannot be cancelled; a loop that is stopped may have done so before.
+        if not future.set_running_or_notify_cancel():
+            continue
         try:
             result = job()
         except BaseException as error:

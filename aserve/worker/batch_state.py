@@ -43,7 +43,7 @@ class BatchState:
     def apply(self, plan: StepPlan) -> None:
         """Takes over new sequences, forks and table changes."""
         for new in plan.new:
-            self.tokens[new.slot, : len(new.token_ids)] = self._ints(new.token_ids)
+            self.tokens[new.slot, : len(new.token_ids)] = self._ints(new.token_ids, torch.int32)
             self._set_table(new.slot, 0, new.block_ids)
             if new.want_prompt_logprobs and new.params.prompt_logprobs is not None:
                 self._prompt_lengths[new.slot] = new.num_prompt_tokens
@@ -63,7 +63,8 @@ class BatchState:
                 columns += range(first, first + len(taken))
                 blocks += taken
                 self._num_blocks[slot] = first + len(taken)
-            self.block_tables[self._ints(slots), self._ints(columns)] = self._ints(blocks)
+            values = self._ints(blocks, torch.int32)
+            self.block_tables[self._ints(slots), self._ints(columns)] = values
         for slot, index, block in plan.replaced_blocks:
             self.block_tables[slot, index] = block
 

@@ -65,6 +65,8 @@ class FakeExecutor(ExecutorBase):
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             plan, future = job
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 if self.step_time:
                     time.sleep(self.step_time)
