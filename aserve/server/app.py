@@ -1,0 +1,164 @@
+"""The Quart application: routes, error bodies, and the engine's life inside the server's."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import AsyncGenerator, Callable
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from quart import Quart, Request, Response, request
+from quart.json.provider import JSONProvider
+
+from aserve.errors import AserveError
+from aserve.server import errors, ops_api
+from aserve.server.connection import Connection, Exchanges
+from aserve.server.openai import chat, completions, models, tokenization
+from aserve.server.security import Cors, HttpMiddleware, KeyGuard, load_middleware
+from aserve.server.service import Service, client_request_id, new_id
+from aserve.tokenizer.chat import resolve_chat_template
+
+if TYPE_CHECKING:
+    from quart.ctx import RequestContext
+    from quart.typing import ResponseTypes
+
+    from aserve.args import AsyncEngineArgs
+    from aserve.config.server import ServerArgs
+    from aserve.engine.async_engine import AsyncLLMEngine
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 16 * 1024 * 1024
+BLUEPRINTS = (ops_api, models, completions, chat, tokenization)
+
+
+class OrjsonProvider(JSONProvider):
+    """JSON of dicts that views return and of ``request.get_json``."""
+
+    def dumps(self, obj: Any, **kwargs: Any) -> str:
+        return orjson.dumps(obj).decode()
+
+    def loads(self, s: str | bytes, **kwargs: Any) -> Any:
+        return orjson.loads(s)
+
+
+class App(Quart):
+    """Quart with coroutine middleware ``(request, call_next)`` around its dispatch."""
+
+    asgi_http_class = Connection
+    json_provider_class = OrjsonProvider
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, static_folder=None)
+        self.http_middleware: list[HttpMiddleware] = []
+
+    async def full_dispatch_request(self, request_context: RequestContext | None = None) -> ResponseTypes:
+        dispatch = super().full_dispatch_request
+
+        async def inner(_: Request) -> Any:
+            return await dispatch(request_context)
+
+        call: Callable[[Request], Any] = inner
+        for middleware in self.http_middleware:
+            call = _around(middleware, call)
+        try:
+            return await self.make_response(await call(request._get_current_object()))  # type: ignore[attr-defined]
+        except Exception as error:  # a middleware's own failure; those of views are answered inside
+            return await self.make_response(await self.handle_user_exception(error))
+
+
+def _around(middleware: HttpMiddleware, call: Callable[[Request], Any]) -> Callable[[Request], Any]:
+    async def wrapped(asked: Request) -> Any:
+        return await middleware(asked, call)
+
+    return wrapped
+
+
+def create_app(
+    engine_args: AsyncEngineArgs | None,
+    server_args: ServerArgs,
+    engine: AsyncLLMEngine | None = None,
+    *,
+    on_fatal: Callable[[], None] | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> Quart:
+    """Builds the application.
+
+    The engine is ``engine``, or one made from ``engine_args`` when serving starts; either way its
+    weights are loaded while the port is already open, and it is stopped after the last request.
+
+    on_fatal: called if the engine cannot be loaded; by default the process ends with status 1.
+    max_body_bytes: larger request bodies are answered 413.
+
+    Raises ConfigError for server settings that cannot work.
+    """
+    app = App("aserve")
+    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes
+    app.config["APPLICATION_ROOT_PATH"] = server_args.root_path or ""
+    # Doubled slashes are merged before routing (Connection); a redirect would lose a POST's body.
+    app.url_map.merge_slashes = False
+    app.url_map.strict_slashes = False
+    shared = Service(
+        server_args,
+        chat_template=resolve_chat_template(server_args.chat_template),
+        log_requests=engine_args is None or not engine_args.disable_log_requests,
+        on_fatal=on_fatal or _exit,
+    )
+    app.extensions["aserve"] = shared
+    app.extensions["exchanges"] = Exchanges()
+
+    for module in BLUEPRINTS:
+        app.register_blueprint(module.blueprint)
+    errors.register(app)
+    _add_hooks(app, server_args)
+    _add_middleware(app, server_args.middleware)
+
+    @app.while_serving
+    async def own_engine() -> AsyncGenerator[None, None]:
+        shared.start(engine if engine is not None else _make_engine(engine_args))
+        yield
+        await shared.stop()
+
+    return app
+
+
+def _add_hooks(app: App, args: ServerArgs) -> None:
+    cors = Cors(args)
+    app.before_request(cors.preflight)
+    if args.api_key:
+        app.before_request(KeyGuard(args.api_key).check)
+
+    async def identify(response: Response) -> Response:
+        response.headers["X-Request-Id"] = client_request_id() or new_id("req")
+        return response
+
+    app.after_request(cors.annotate)
+    app.after_request(identify)
+
+
+def _add_middleware(app: App, paths: list[str]) -> None:
+    classes, functions = load_middleware(paths)
+    # The last one named is outermost, and classes are outside functions.
+    app.http_middleware = functions
+    for cls in classes:
+        app.asgi_app = cls(app.asgi_app)  # type: ignore[method-assign]
+
+
+def _make_engine(engine_args: AsyncEngineArgs | None) -> AsyncLLMEngine:
+    from aserve.engine.async_engine import AsyncLLMEngine
+    from aserve.messages.inputs import UsageContext
+
+    if engine_args is None:
+        raise TypeError("create_app needs engine_args or an engine")
+    try:
+        return AsyncLLMEngine.from_engine_args(engine_args, usage_context=UsageContext.OPENAI_API_SERVER)
+    except AserveError as error:
+        # Quart would log a traceback, Hypercorn another; the sentence is enough.
+        logger.error("the engine cannot be started: %s", error)
+        sys.exit(2)
+
+
+def _exit() -> None:
+    """Ends the process from inside the event loop, whoever runs it."""
+    sys.exit(1)

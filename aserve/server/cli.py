@@ -1,0 +1,67 @@
+"""The command ``aserve``."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from typing import Any
+
+import aserve
+from aserve import log
+from aserve.args import parse_serve_args
+from aserve.errors import ConfigError
+
+USAGE = """usage: aserve serve [MODEL] [flags]
+       aserve --version
+
+Serves a model over the OpenAI API. `aserve serve --help` lists the flags."""
+
+SECRETS = ("api_key",)
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status (2 for settings that cannot work)."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] in (["--version"], ["-V"]):
+        print(aserve.__version__)
+        return 0
+    if arguments[:1] in ([], ["--help"], ["-h"]):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] != "serve":
+        print(f"aserve: unknown command {arguments[0]!r}\n{USAGE}", file=sys.stderr)
+        return 2
+    return serve(arguments[1:])
+
+
+def serve(argv: list[str]) -> int:
+    try:
+        engine_args, server_args = parse_serve_args(argv)
+        log.setup(server_args.log_level)
+        logger.info("aserve %s", aserve.__version__)
+        logger.info("%s", shown(server_args))
+        logger.info("%s", shown(engine_args))
+        from aserve.server.serve import run  # imports torch: not before the arguments are known to parse
+
+        return run(engine_args, server_args)
+    except ConfigError as error:
+        print(f"aserve: {error}", file=sys.stderr)
+        return 2
+
+
+def shown(args: Any) -> str:
+    """Every argument and its value on one line, secrets hidden."""
+    parts = []
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if field.name in SECRETS and value:
+            value = "***"
+        parts.append(f"{field.name}={value!r}")
+    return f"{type(args).__name__}({', '.join(parts)})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""How a Quart route answers with an sse-starlette stream, and how every exchange ends."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterable, Callable
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import anyio
+from quart import Response
+from quart.asgi import ASGIHTTPConnection
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+if TYPE_CHECKING:
+    from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, HTTPScope
+    from quart import Quart
+    from quart.typing import ResponseTypes
+
+PING_SECONDS = 15.0
+SEND_TIMEOUT = 30.0
+"""Seconds one event may wait for a client that does not read before its request is aborted."""
+
+_SLASHES = re.compile(r"/{2,}")
+
+
+def _ping() -> ServerSentEvent:
+    # A fixed text: the default one holds the time. The separator must be "\n": clients that split
+    # events at "\n\n" would otherwise glue the ping to the next event.
+    return ServerSentEvent(comment="ping", sep="\n")
+
+
+class EventStream(Response):
+    """A Quart response whose body is written by sse-starlette.
+
+    It is an ordinary ``Response`` until the last moment, so ``after_request`` hooks (CORS, request
+    ids) see and may change its headers.
+
+    events: yields whole events as bytes.
+    on_close: called once when the exchange is over, however it ended; must not block. The ``finally``
+        of ``events`` is not enough: a generator that never started has none to run.
+    ping: seconds of silence before a comment line is sent.
+    send_timeout: seconds one event may wait for the client to read.
+    """
+
+    default_mimetype = "text/event-stream"
+    automatically_set_content_length = False
+
+    def __init__(
+        self,
+        events: AsyncIterable[bytes],
+        *,
+        on_close: Callable[[], None] = lambda: None,
+        ping: float = PING_SECONDS,
+        send_timeout: float | None = SEND_TIMEOUT,
+    ) -> None:
+        super().__init__(status=200, content_type="text/event-stream; charset=utf-8")
+        self.timeout = None  # Quart's RESPONSE_TIMEOUT (60 s) would cut a longer stream without a trace.
+        self.headers["Cache-Control"] = "no-cache"
+        self.headers["X-Accel-Buffering"] = "no"
+        self.events = events
+        self.on_close = on_close
+        self.ping = ping
+        self.send_timeout = send_timeout
+
+    def source(self) -> EventSourceResponse:
+        return EventSourceResponse(
+            self.events,
+            status_code=self.status_code,
+            headers=dict(self.headers),
+            ping=self.ping,
+            ping_message_factory=_ping,
+            sep="\n",
+            send_timeout=self.send_timeout,
+        )
+
+
+class Connection(ASGIHTTPConnection):
+    """One HTTP exchange, run in the server's own task.
+
+    Quart runs the handler in a task of its own that a cancelled connection leaves behind. Here the
+    handler is the connection: whatever ends the connection (disconnect, shutdown) unwinds the
+    handler, its generator and, through them, the engine requests.
+    """
+
+    def __init__(self, app: Quart, scope: HTTPScope) -> None:
+        root = scope.get("root_path") or app.config["APPLICATION_ROOT_PATH"]
+        path = route_path(scope["path"], root)
+        super().__init__(app, {**scope, "path": path, "root_path": ""})
+
+    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        exchanges: Exchanges = self.app.extensions["exchanges"]
+        request = self._create_request_from_scope(send)
+        exchanges.begin()
+        with anyio.CancelScope() as scope:
+            # The only reader of `receive`: the server delivers `http.disconnect` once.
+            reader = asyncio.create_task(self.handle_messages(request, receive))
+            reader.add_done_callback(lambda _: scope.cancel())
+            try:
+                await self.handle_request(request, send)
+            finally:
+                exchanges.end()
+                reader.cancel()
+
+    async def _send_response(self, send: ASGISendCallable, response: ResponseTypes) -> None:
+        if isinstance(response, EventStream):
+            # A disconnect reaches the stream as cancellation, so it gets a `receive` that says nothing.
+            try:
+                await response.source()(self.scope, anyio.sleep_forever, send)  # type: ignore[arg-type]
+            finally:
+                response.on_close()
+        else:
+            await super()._send_response(send, response)
+
+
+def route_path(path: str, root: str) -> str:
+    """The path that is routed: always absolute, without doubled slashes and without ``root``.
+
+    One form is made of the absolute URL, the doubled slashes and the prefixed path before anything
+    looks at it, so routing and the API key cannot disagree about what was asked for.
+    """
+    if not path.startswith("/"):
+        path = "/" + _authority_free(path).lstrip("/")
+    path = _SLASHES.sub("/", path)
+    if root and (path == root or path.startswith(root + "/")):
+        path = path[len(root) :] or "/"
+    return path
+
+
+def _authority_free(target: str) -> str:
+    try:
+        return urlsplit(target).path
+    except ValueError:  # an unbalanced bracket in the host part
+        return ""
+
+
+class Exchanges:
+    """Counts the exchanges whose answer is not fully sent."""
+
+    def __init__(self) -> None:
+        self.open = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def begin(self) -> None:
+        self.open += 1
+        self._none.clear()
+
+    def end(self) -> None:
+        self.open -= 1
+        if not self.open:
+            self._none.set()
+
+    async def wait_for_none(self) -> None:
+        await self._none.wait()
+
+
+async def all_answered(app: Quart) -> None:
+    """Returns once no exchange is open."""
+    await app.extensions["exchanges"].wait_for_none()

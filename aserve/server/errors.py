@@ -1,0 +1,103 @@
+"""Errors as OpenAI clients know them: one body for every status, and never a traceback in it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from quart import Response
+from werkzeug.exceptions import HTTPException
+
+from aserve.errors import AserveError, ConfigError
+from aserve.server import sse
+
+if TYPE_CHECKING:
+    from quart import Quart
+
+logger = logging.getLogger(__name__)
+
+INTERNAL = AserveError("the server failed to answer this request")
+
+_TYPES = {401: "AuthenticationError", 404: "NotFoundError", 429: "RateLimitError"}
+
+_MESSAGES = {
+    404: "there is no such path",
+    405: "this path does not take that method",
+    408: "the request body did not arrive in time",
+    413: "the request body is too large",
+    415: "the request body must be JSON without content encoding",
+}
+
+
+def error_object(status: int, message: str, kind: str, param: str | None = None) -> dict[str, Any]:
+    return {"object": "error", "message": message, "type": kind, "param": param, "code": status}
+
+
+def describe(error: AserveError) -> dict[str, Any]:
+    """The error object of ``error``; a ConfigError raised by a request is the server's fault."""
+    status = 500 if isinstance(error, ConfigError) else error.status
+    return error_object(status, error.message, error.type, error.param)
+
+
+def error_response(described: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
+    """``described`` both flat and under ``error``: clients look for either."""
+    nested = {key: described[key] for key in ("message", "type", "param", "code")}
+    return Response(
+        orjson.dumps({**described, "error": nested}),
+        status=described["code"],
+        headers=headers,
+        content_type="application/json",
+    )
+
+
+def respond(error: AserveError) -> Response:
+    headers = {}
+    retry_after = getattr(error, "retry_after", None)
+    if retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return error_response(describe(error), headers)
+
+
+def error_event(error: BaseException) -> bytes:
+    """The event that ends a stream whose request failed after the response head was sent."""
+    if not isinstance(error, AserveError):
+        logger.error("a stream failed", exc_info=error)
+        error = INTERNAL
+    return sse.event({"error": describe(error)})
+
+
+def _http_error(error: HTTPException) -> Any:
+    if error.code is None or error.code < 400:
+        return error  # a redirect
+    # Werkzeug's own texts are written for browsers.
+    message = _MESSAGES.get(error.code) or HTTPStatus(error.code).phrase.lower()
+    default = "BadRequestError" if error.code < 500 else "InternalServerError"
+    headers = {k: v for k, v in error.get_headers() if k in ("Allow", "Retry-After")}
+    return error_response(error_object(error.code, message, _TYPES.get(error.code, default)), headers)
+
+
+async def _on_aserve_error(error: AserveError) -> Any:
+    if error.status >= 500:
+        logger.error("request failed: %s", error.message)
+    return respond(error)
+
+
+async def _on_http_error(error: HTTPException) -> Any:
+    return _http_error(error)
+
+
+async def _on_exception(error: Exception) -> Any:
+    logger.error("request failed", exc_info=error)
+    return respond(INTERNAL)
+
+
+def register(app: Quart) -> None:
+    """Gives every failure of a route or of routing its JSON body."""
+    app.register_error_handler(AserveError, _on_aserve_error)
+    app.register_error_handler(HTTPException, _on_http_error)
+    app.register_error_handler(Exception, _on_exception)

@@ -1,0 +1,210 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from quart import Blueprint, Response
+
+from aserve.errors import InvalidRequestError
+from aserve.messages.inputs import OutputKind
+from aserve.messages.outputs import CompletionOutput, RequestOutput
+from aserve.server import sse
+from aserve.server.connection import EventStream
+from aserve.server.errors import error_event
+from aserve.server.openai import generation, prompts
+from aserve.server.openai.generation import Envelope, Streams, Usage
+from aserve.server.openai.logprobs import chat_logprobs
+from aserve.server.openai.models import served_model
+from aserve.server.openai.prompts import Prompt
+from aserve.server.openai.protocol import ChatBody, Message, read
+from aserve.server.service import log_client_id, new_id, service
+from aserve.tokenizer.chat import render_chat
+
+if TYPE_CHECKING:
+    from aserve.engine.async_engine import AsyncLLMEngine
+
+blueprint = Blueprint("chat", __name__)
+
+LONG_CONVERSATION = 32_000
+"""Characters from which a conversation is rendered in a thread."""
+
+
+@blueprint.post("/v1/chat/completions")
+async def create_chat_completion() -> Response:
+    body = await read(ChatBody)
+    engine = await service().ready_engine()
+    model = served_model(engine, body.model)
+    limits = engine.model_config
+    body.check(vocab_size=limits.vocab_size, max_num_seqs=engine.config.scheduler.max_num_seqs)
+    body.refuse_tools()
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    prompts.check_logprobs(body.top_logprobs, limits.max_logprobs, "top_logprobs")
+
+    messages = conversation(body.messages)
+    text = await render(engine, messages, add_generation_prompt=body.add_generation_prompt)
+    prompt = await prompts.tokenise(
+        engine,
+        text,
+        add_special_tokens=body.add_special_tokens,
+        truncate=body.truncate_prompt_tokens,
+        want_text=False,
+    )
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if max_tokens is not None and max_tokens < 1:
+        raise InvalidRequestError("max_tokens must be at least 1", param="max_tokens")
+    budget = prompts.output_budget(len(prompt.ids), max_tokens, limits.max_model_len)
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    params = body.sampling_params(max_tokens=budget, logprobs=top)
+
+    request_id = new_id("chatcmpl")
+    log_client_id(request_id)
+    # The best of several is known only at the end.
+    whole = not body.stream or body.use_beam_search or params.best_of != body.n
+    kind = OutputKind.FINAL_ONLY if whole else OutputKind.DELTA
+    streams = await generation.submit(engine, request_id, [prompt], [params], kind)
+    role = messages[-1]["role"]
+    if body.add_generation_prompt:
+        role = service().args.response_role or "assistant"
+    echoed = messages[-1]["content"] if body.echo and messages[-1]["role"] == role else ""
+    call = _Call(body, request_id, model, prompt, role, echoed)
+    if not body.stream:
+        with closing(streams):
+            (result,) = await streams.finals()
+        return Response(orjson.dumps(call.response(result)), content_type="application/json")
+    return EventStream(call.events(streams), on_close=streams.close)
+
+
+def conversation(messages: list[Message]) -> list[dict[str, str]]:
+    """Roles and texts for the template.
+
+    Messages without content (an assistant's that only called tools) are dropped; ``developer`` is
+    what newer clients call ``system``. Raises InvalidRequestError for content that is not text.
+    """
+    found = []
+    for index, message in enumerate(messages):
+        if message.content is None:
+            continue
+        role = "system" if message.role == "developer" else message.role
+        found.append({"role": role, "content": _text(message.content, f"messages.{index}.content")})
+    if not found:
+        raise InvalidRequestError("messages hold no content", param="messages")
+    return found
+
+
+def _text(content: str | list[dict[str, Any]], place: str) -> str:
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in content:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise InvalidRequestError(f"{place}: only text parts are supported", param="messages")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+async def render(
+    engine: AsyncLLMEngine, messages: list[dict[str, str]], *, add_generation_prompt: bool
+) -> str:
+    """The prompt the chat template makes of ``messages``; its errors are the request's (400)."""
+    tokenizer = await prompts.tokenizer_of(engine)
+    template = service().chat_template
+
+    def work() -> str:
+        return render_chat(
+            tokenizer, messages, chat_template=template, add_generation_prompt=add_generation_prompt
+        )
+
+    if sum(len(message["content"]) for message in messages) < LONG_CONVERSATION:
+        return work()
+    return await asyncio.to_thread(work)
+
+
+class _Call:
+    """Turns the outputs of one call into its response or its events."""
+
+    def __init__(
+        self, body: ChatBody, request_id: str, model: str, prompt: Prompt, role: str, echoed: str
+    ) -> None:
+        self._body = body
+        self._envelope = Envelope.new(
+            request_id, "chat.completion.chunk" if body.stream else "chat.completion", model
+        )
+        self._usage = Usage(len(prompt.ids))
+        self._role = role
+        self._echoed = echoed
+
+    def response(self, result: RequestOutput) -> dict[str, Any]:
+        choices = []
+        for index, output in enumerate(result.outputs):
+            self._usage.completion_tokens += len(output.token_ids)
+            choices.append(
+                {
+                    "index": index,
+                    "message": {"role": self._role, "content": self._echoed + output.text},
+                    "logprobs": self._logprobs(output),
+                    "finish_reason": output.finish_reason,
+                    "stop_reason": output.stop_reason,
+                }
+            )
+        return {**self._envelope.wrap(choices), "usage": self._usage.as_dict()}
+
+    async def events(self, streams: Streams) -> AsyncIterator[bytes]:
+        finished: set[int] = set()
+        opened = False
+        try:
+            async for _, result in streams:
+                if not opened:
+                    # Not before the first output: an early failure must come first, and clients take
+                    # the time of the first chunk as the time to the first token.
+                    opened = True
+                    for event in self._opening():
+                        yield event
+                for position, output in enumerate(result.outputs):
+                    # With best_of > n, output.index skips; then all outputs come at once.
+                    index = position if self._body.best_of not in (None, self._body.n) else output.index
+                    if index in finished or not (output.token_ids or output.text or output.finished()):
+                        continue
+                    if output.finished():
+                        finished.add(index)
+                    self._usage.completion_tokens += len(output.token_ids)
+                    yield self._chunk(index, {"content": output.text}, output)
+            if self._body.include_usage:
+                yield sse.event({**self._envelope.wrap([]), "usage": self._usage.as_dict()})
+        except Exception as error:  # after the head, every failure is an event
+            yield error_event(error)
+        finally:
+            streams.close()
+        yield sse.DONE
+
+    def _opening(self) -> list[bytes]:
+        """Role chunks, then what is echoed, for every choice."""
+        choices = range(self._body.n)
+        events = [self._chunk(index, {"role": self._role, "content": ""}) for index in choices]
+        if self._echoed:
+            events += [self._chunk(index, {"content": self._echoed}) for index in choices]
+        return events
+
+    def _chunk(self, index: int, delta: dict[str, str], output: CompletionOutput | None = None) -> bytes:
+        choice: dict[str, Any] = {
+            "index": index,
+            "delta": delta,
+            "logprobs": self._logprobs(output) if output is not None else None,
+            "finish_reason": output.finish_reason if output is not None else None,
+        }
+        if output is not None and output.finished():
+            choice["stop_reason"] = output.stop_reason
+        chunk = self._envelope.wrap([choice])
+        if self._body.include_usage:
+            chunk["usage"] = self._usage.as_dict() if self._body.continuous_usage else None
+        return sse.event(chunk)
+
+    def _logprobs(self, output: CompletionOutput) -> dict[str, Any] | None:
+        if not self._body.logprobs or output.logprobs is None:
+            return None
+        return chat_logprobs(output.token_ids, output.logprobs, self._body.top_logprobs or 0)

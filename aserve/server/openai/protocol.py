@@ -1,0 +1,257 @@
+"""The bodies clients send, as far as their types go; meaning is checked where it is used.
+
+Unknown fields are ignored (and named once in the log). ``null`` means "not given" wherever a field is
+optional. Integers are accepted for floats and whole floats for integers; strings and booleans are not
+numbers. NaN and infinities are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
+from quart import request
+from werkzeug.exceptions import UnsupportedMediaType
+
+from aserve.errors import InvalidRequestError
+from aserve.messages.params import SamplingParams
+from aserve.server.service import service
+
+MAX_STOP = 16
+MAX_STOP_TOKENS = 256
+MAX_BIAS = 1024
+MAX_SHOWN_ERRORS = 5
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, (bool, str, bytes)):
+        raise ValueError("must be a number")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number)]
+Bool = Annotated[bool, Strict()]
+Seed = Annotated[int, BeforeValidator(_number), Field(ge=-(2**63), le=2**63 - 1)]
+
+
+class Body(BaseModel):
+    """Base of every request body."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {key: value for key, value in values.items() if value is not None}
+        return values
+
+
+class StreamOptions(Body):
+    include_usage: Bool = False
+    continuous_usage_stats: Bool = False
+
+
+class ResponseFormat(Body):
+    type: str
+
+
+class SamplingBody(Body):
+    """Fields that completions and chat share."""
+
+    model: str
+    max_tokens: Int | None = None
+    n: Int = 1
+    best_of: Int | None = None
+    presence_penalty: Float = 0.0
+    frequency_penalty: Float = 0.0
+    repetition_penalty: Float = 1.0
+    temperature: Float = 1.0
+    top_p: Float = 1.0
+    top_k: Int = -1
+    min_p: Float = 0.0
+    seed: Seed | None = None
+    use_beam_search: Bool = False
+    length_penalty: Float = 1.0
+    early_stopping: Bool = False
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOP)] | None = None
+    stop_token_ids: Annotated[list[Int], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    include_stop_str_in_output: Bool = False
+    ignore_eos: Bool = False
+    min_tokens: Int = 0
+    skip_special_tokens: Bool = True
+    spaces_between_special_tokens: Bool = True
+    truncate_prompt_tokens: Annotated[int, BeforeValidator(_number), Field(ge=1)] | None = None
+    logit_bias: Annotated[dict[str, Float], Field(max_length=MAX_BIAS)] | None = None
+    stream: Bool = False
+    stream_options: StreamOptions | None = None
+    echo: Bool = False
+    user: Any = None
+    response_format: ResponseFormat | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        return (
+            self.include_usage
+            and self.stream_options is not None
+            and (self.stream_options.continuous_usage_stats)
+        )
+
+    def check(self, *, vocab_size: int, max_num_seqs: int) -> None:
+        """Raises InvalidRequestError for what needs the engine's limits, and for what is not built."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options needs stream to be true", param="stream_options")
+        for name in ("n", "best_of"):
+            value = getattr(self, name)
+            if value is not None and value > max_num_seqs:
+                raise InvalidRequestError(
+                    f"{name} must be at most {max_num_seqs} (max_num_seqs), got {_short(value)}", param=name
+                )
+        check_token_ids(self.stop_token_ids or [], vocab_size, "stop_token_ids")
+        if self.logit_bias:
+            check_token_ids(self._bias_ids(), vocab_size, "logit_bias")
+        self._refuse_guided()
+
+    def sampling_params(self, **values: Any) -> SamplingParams:
+        """Parameters for the engine; ``values`` are the fields the endpoint works out itself."""
+        names = (
+            "n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature",
+            "top_p", "top_k", "min_p", "seed", "use_beam_search", "length_penalty", "early_stopping", "stop",
+            "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "skip_special_tokens",
+            "spaces_between_special_tokens", "logit_bias",
+        )  # fmt: skip
+        return SamplingParams(**{name: getattr(self, name) for name in names}, **values)
+
+    def _bias_ids(self) -> list[int]:
+        try:
+            return [int(key) for key in self.logit_bias or {}]
+        except ValueError:
+            raise InvalidRequestError("logit_bias must be keyed by token ids", param="logit_bias") from None
+
+    def _refuse_guided(self) -> None:
+        asked = [name for name in _GUIDES if getattr(self, name) is not None]
+        if self.response_format is not None and self.response_format.type != "text":
+            if self.response_format.type not in ("json_object", "json_schema"):
+                raise InvalidRequestError(
+                    "response_format.type must be text, json_object or json_schema", param="response_format"
+                )
+            asked.append("response_format")
+        if asked:
+            raise InvalidRequestError(
+                f"{asked[0]}: guided decoding is not available in this build", param=asked[0]
+            )
+
+
+_GUIDES = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+
+
+class CompletionBody(SamplingBody):
+    prompt: Any
+    max_tokens: Int | None = 16
+    logprobs: Annotated[int, BeforeValidator(_number), Field(ge=0)] | None = None
+    suffix: Any = None
+    add_special_tokens: Bool = True
+
+
+class Message(Body):
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+
+class ChatBody(SamplingBody):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    temperature: Float = 0.7
+    max_completion_tokens: Int | None = None
+    logprobs: Bool = False
+    top_logprobs: Annotated[int, BeforeValidator(_number), Field(ge=0)] | None = None
+    add_generation_prompt: Bool = True
+    add_special_tokens: Bool = False
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+
+    def refuse_tools(self) -> None:
+        """Raises InvalidRequestError if the model might have to call a tool."""
+        choice = self.tool_choice
+        if isinstance(choice, str) and choice not in ("none", "auto", "required"):
+            raise InvalidRequestError(
+                'tool_choice must be "none", "auto", "required" or a named function', param="tool_choice"
+            )
+        if choice == "none" or (not self.tools and choice in (None, "auto")):
+            return
+        param = "tools" if choice is None else "tool_choice"
+        raise InvalidRequestError(f"{param}: calling tools is not supported yet", param=param)
+
+
+class TokenizeBody(Body):
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: Bool | None = None
+    add_generation_prompt: Bool = True
+
+
+class DetokenizeBody(Body):
+    model: str | None = None
+    tokens: list[Annotated[int, Strict()]]
+
+
+Parsed = TypeVar("Parsed", bound=Body)
+
+
+async def read(kind: type[Parsed]) -> Parsed:
+    """Reads the present request's body as ``kind``, whatever its content type says.
+
+    Raises InvalidRequestError for a body that is no JSON object or does not fit.
+    """
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType
+    data = await request.get_data(as_text=False)
+    try:
+        values = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InvalidRequestError("the body must be a JSON object")
+    try:
+        body = kind.model_validate(values)
+    except ValidationError as error:
+        raise describe(error) from None
+    service().note_unknown_fields(values.keys() - kind.model_fields.keys())
+    return body
+
+
+def describe(error: ValidationError) -> InvalidRequestError:
+    """One sentence per misfit, with its place and kind but never the value that was sent."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    shown = []
+    for problem in problems[:MAX_SHOWN_ERRORS]:
+        place = ".".join(str(part)[:64] for part in problem["loc"])
+        shown.append(f"{place or 'body'}: {problem['msg']} [{problem['type']}]")
+    if len(problems) > MAX_SHOWN_ERRORS:
+        shown.append(f"and {len(problems) - MAX_SHOWN_ERRORS} more")
+    field = problems[0]["loc"][:1]
+    return InvalidRequestError("; ".join(shown), param=str(field[0])[:64] if field else None)
+
+
+def check_token_ids(ids: list[int], vocab_size: int, param: str) -> None:
+    """Raises InvalidRequestError unless every id is in the vocabulary."""
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        wrong = next(i for i in ids if not 0 <= i < vocab_size)
+        raise InvalidRequestError(
+            f"{param}: token id {_short(wrong)} is not in the vocabulary of {vocab_size}", param=param
+        )
+
+
+def _short(value: int) -> str:
+    # str() of a huge integer is slow and may be refused by the interpreter.
+    return str(value) if -(2**70) < value < 2**70 else "an integer beyond 70 bits"

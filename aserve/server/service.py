@@ -1,0 +1,157 @@
+"""What the routes share: the engine, its state as seen from outside, and the server's settings."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from quart import current_app, request
+
+from aserve.errors import AserveError, EngineBusyError, EngineDeadError
+
+if TYPE_CHECKING:
+    from aserve.config.server import ServerArgs
+    from aserve.engine.async_engine import AsyncLLMEngine
+
+logger = logging.getLogger(__name__)
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._:/+=@-]")
+MAX_REQUEST_ID = 128
+
+
+class Service:
+    """The engine behind the routes, from before it is loaded until it is stopped.
+
+    on_fatal: called once, from the event loop, if the engine cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        args: ServerArgs,
+        *,
+        chat_template: str | None = None,
+        log_requests: bool = True,
+        on_fatal: Callable[[], None] | None = None,
+    ) -> None:
+        self.args = args
+        self.chat_template = chat_template
+        self.log_requests = log_requests
+        self.engine: AsyncLLMEngine | None = None
+        self.on_fatal = on_fatal
+        self.load_error: BaseException | None = None
+        self.draining: str | None = None
+        self._loading: asyncio.Task[None] | None = None
+        self._unknown_fields: set[str] = set()
+
+    # ---------------------------------------------------------------- life of the engine
+
+    def start(self, engine: AsyncLLMEngine) -> None:
+        """Begins to load ``engine``; the port can open meanwhile."""
+        self.engine = engine
+        self._loading = asyncio.create_task(engine.start(), name="load engine")
+        self._loading.add_done_callback(self._loaded)
+
+    def _loaded(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            return
+        self.load_error = task.exception()
+        if self.load_error is None:
+            return
+        if isinstance(self.load_error, AserveError):
+            logger.error("the model could not be loaded: %s", self.load_error)
+        else:
+            logger.error(
+                "the model could not be loaded: %s: %s",
+                type(self.load_error).__name__,
+                self.load_error,
+                exc_info=self.load_error,
+            )
+        if self.on_fatal is not None:
+            self.on_fatal()
+
+    async def stop(self) -> None:
+        if self._loading is not None and not self._loading.done():
+            self._loading.cancel()
+            await asyncio.wait([self._loading])
+        if self.engine is not None:
+            await self.engine.stop()
+
+    @property
+    def loaded(self) -> bool:
+        return (
+            self.engine is not None
+            and self._loading is not None
+            and self._loading.done()
+            and (not self._loading.cancelled() and self.load_error is None)
+        )
+
+    async def ready_engine(self) -> AsyncLLMEngine:
+        """The engine, once it is loaded. Raises EngineBusyError while draining, EngineDeadError after a
+        failed load."""
+        if self.draining is not None:
+            raise EngineBusyError(self.draining)
+        if self.engine is None or self._loading is None:
+            raise EngineBusyError("the server is starting")
+        if not self._loading.done():
+            # wait() and not await: a request that is cancelled must not cancel the load.
+            await asyncio.wait([self._loading])
+        if self.load_error is not None or self._loading.cancelled():
+            raise EngineDeadError("the model could not be loaded")
+        return self.engine
+
+    async def check(self) -> None:
+        """Raises EngineBusyError if requests cannot be served now, EngineDeadError if never again."""
+        if self.load_error is not None:
+            raise EngineDeadError("the model could not be loaded")
+        if not self.loaded or self.engine is None:
+            raise EngineBusyError("the model is being loaded")
+        await self.engine.check_health()
+        if self.draining is not None:
+            raise EngineBusyError(self.draining)
+
+    def refuse_new(self, reason: str) -> None:
+        """From now on every new request is answered 503; running ones go on."""
+        self.draining = reason
+        if self.engine is not None:
+            self.engine.refuse_new(reason)
+
+    # ---------------------------------------------------------------- log
+
+    def note_unknown_fields(self, names: set[str]) -> None:
+        """Says once per name that a request field is ignored."""
+        if len(self._unknown_fields) >= 200:  # a client that makes names up must not fill the log
+            return
+        new = sorted(names - self._unknown_fields)[:20]
+        if new:
+            self._unknown_fields.update(new)
+            logger.info("request fields ignored: %s", ", ".join(name[:64] for name in new))
+
+
+def service() -> Service:
+    """The service of the app that handles the present request."""
+    found: Service = current_app.extensions["aserve"]
+    return found
+
+
+def new_id(prefix: str) -> str:
+    """A random id, such as ``cmpl-<32 hex digits>``. Never made of anything a client sent."""
+    return f"{prefix}-{secrets.token_hex(16)}"
+
+
+def client_request_id() -> str | None:
+    """The client's ``X-Request-Id``, cut and cleaned; for logs and for the answer's header only."""
+    given = request.headers.get("X-Request-Id")
+    if not given:
+        return None
+    return _UNSAFE.sub("_", given[:MAX_REQUEST_ID])
+
+
+def log_client_id(request_id: str) -> None:
+    """Ties our request id to the client's in the log."""
+    given = client_request_id()
+    if given is not None and service().log_requests:
+        logger.info("%s has X-Request-Id %s", request_id, given)

@@ -1,0 +1,229 @@
+"""An engine without a model: the engine API over a fixed text, with failures and delays on demand.
+
+Token ids are the bytes of the text. Every sequence "generates" :data:`TEXT` from an offset of its own
+index, one token per tick, through the real streams of ``aserve.engine.stream``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+from aserve.engine.stream import Mailbox, OutputStream
+from aserve.errors import AserveError, EngineBusyError, EngineDeadError
+from aserve.messages.inputs import OutputKind
+from aserve.messages.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
+
+TEXT = "the quick brown fox jumps over the lazy dog. "
+VOCAB = 256
+
+
+class FakeTokenizer:
+    """One token per byte."""
+
+    chat_template = "built in"
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, str]],
+        tools: Any = None,
+        documents: Any = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        if any(message["role"] == "forbidden" for message in conversation):
+            raise ValueError("this template knows no role forbidden")
+        text = "".join(f"<{message['role']}>{message['content']}" for message in conversation)
+        return text + ("<assistant>" if add_generation_prompt else "")
+
+
+class FakeStats:
+    def render(self) -> bytes:
+        return b"# HELP fake one\n# TYPE fake gauge\nfake 1\n"
+
+
+def generated(index: int, count: int) -> list[int]:
+    """The ids sequence ``index`` generates."""
+    return list(itertools.islice(itertools.cycle(TEXT.encode()), index, index + count))
+
+
+def logprobs_of(token_id: int, place: int, top: int) -> TokenLogprobs:
+    """The chosen token, then ``top`` others: the chosen one is second best at every third place."""
+    chosen_rank = 2 if place % 3 == 2 else 1
+    found = {token_id: Logprob(-0.1 * chosen_rank - 0.01 * place, chosen_rank, chr(token_id))}
+    for rank in range(1, top + 1):
+        if rank != chosen_rank:
+            other = (token_id + rank) % VOCAB
+            found[other] = Logprob(-0.1 * rank - 0.01 * place, rank, chr(other))
+    return found
+
+
+class FakeEngine:
+    """Controls, all of which may be changed at any time:
+
+    tick: seconds between tokens.
+    gate: no request gets a token before it is set.
+    fail_after: tokens after which every request fails with ``failure``.
+    loading: ``start`` waits for it. load_error: ``start`` raises it.
+    """
+
+    def __init__(self, *, max_model_len: int = 4096, max_num_seqs: int = 8) -> None:
+        self.model_config = SimpleNamespace(
+            model="fake",
+            served_model_name=["fake", "alias"],
+            max_model_len=max_model_len,
+            vocab_size=VOCAB,
+            max_logprobs=5,
+        )
+        self.config = SimpleNamespace(
+            model=self.model_config, scheduler=SimpleNamespace(max_num_seqs=max_num_seqs)
+        )
+        self.stats: FakeStats | None = FakeStats()
+        self.tick = 0.0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.loading = asyncio.Event()
+        self.loading.set()
+        self.load_error: Exception | None = None
+        self.fail_after: int | None = None
+        self.failure: AserveError = EngineBusyError("failed on demand")
+        self.failed: EngineDeadError | None = None
+        self.refusal: str | None = None
+        self.submitted: list[SimpleNamespace] = []
+        self.aborted: list[str] = []
+        self.stopped = False
+        self._running: dict[str, tuple[asyncio.Task[None], Mailbox]] = {}
+
+    # ---------------------------------------------------------------- life
+
+    async def start(self) -> None:
+        await self.loading.wait()
+        if self.load_error is not None:
+            raise self.load_error
+
+    async def stop(self) -> None:
+        self.stopped = True
+        self.die("stopped")
+        tasks = [task for task, _ in self._running.values()]
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def die(self, reason: str) -> None:
+        self.failed = EngineDeadError(reason)
+        self._fail_all(self.failed)
+
+    async def check_health(self) -> None:
+        if self.failed is not None:
+            raise self.failed
+
+    # ---------------------------------------------------------------- requests
+
+    async def submit(
+        self, inputs: Any, params: Any, *, request_id: str | None = None, kind: OutputKind = OutputKind.DELTA
+    ) -> OutputStream:
+        self._check_open()
+        if request_id is None or request_id in self._running:
+            raise KeyError(request_id)
+        ids = inputs["prompt_token_ids"]
+        self.submitted.append(
+            SimpleNamespace(id=request_id, ids=ids, text=inputs.get("prompt"), params=params, kind=kind)
+        )
+        mailbox = Mailbox(kind)
+        task = asyncio.create_task(self._generate(request_id, ids, params, mailbox))
+        self._running[request_id] = (task, mailbox)
+        task.add_done_callback(lambda _: self._running.pop(request_id, None))
+        return OutputStream(request_id, mailbox, self._abort)
+
+    def _check_open(self) -> None:
+        if self.failed is not None:
+            raise self.failed
+        if self.refusal is not None:
+            raise EngineBusyError(self.refusal)
+
+    def _abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+        if request_id in self._running:
+            self._running[request_id][0].cancel()
+
+    async def _generate(self, request_id: str, ids: list[int], params: Any, mailbox: Mailbox) -> None:
+        width, top = params.best_of, params.logprobs
+        prompt_logprobs = None
+        if params.prompt_logprobs is not None:
+            prompt_logprobs = [
+                None,
+                *(logprobs_of(t, i, params.prompt_logprobs) for i, t in enumerate(ids[1:])),
+            ]
+        await self.gate.wait()
+        whole: list[list[int]] = [[] for _ in range(width)]
+        for place in range(params.max_tokens):
+            await asyncio.sleep(self.tick)
+            if self.fail_after is not None and place >= self.fail_after:
+                mailbox.fail(self.failure)
+                return
+            outputs = []
+            last = place == params.max_tokens - 1
+            for index in range(width):
+                token = generated(index, place + 1)[-1]
+                whole[index].append(token)
+                delta = [token] if mailbox.kind is OutputKind.DELTA else list(whole[index])
+                first = place + 1 - len(delta)
+                outputs.append(
+                    CompletionOutput(
+                        index=index,
+                        text=bytes(delta).decode(),
+                        token_ids=delta,
+                        cumulative_logprob=-float(index),
+                        logprobs=None
+                        if top is None
+                        else [logprobs_of(t, first + i, top) for i, t in enumerate(delta)],
+                        finish_reason="length" if last else None,
+                    )
+                )
+            if mailbox.kind is OutputKind.FINAL_ONLY and not last:
+                continue
+            if last and width > params.n:
+                # The winners are the last ones, so that their indices are not 0..n-1.
+                outputs = outputs[width - params.n :]
+            delta_kind = mailbox.kind is OutputKind.DELTA
+            shown = prompt_logprobs if place == 0 or not delta_kind else None
+            mailbox.put(RequestOutput(request_id, None, ids, shown, outputs, last))
+
+    # ---------------------------------------------------------------- draining
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._running)
+
+    def refuse_new(self, reason: str) -> None:
+        self.refusal = reason
+
+    def abort_all(self, reason: str) -> None:
+        self._fail_all(EngineBusyError(reason))
+
+    def _fail_all(self, error: AserveError) -> None:
+        for task, mailbox in list(self._running.values()):
+            mailbox.fail(error)
+            task.cancel()
+
+    async def idle(self) -> None:
+        while self._running:
+            await asyncio.wait([task for task, _ in self._running.values()])
+
+    # ---------------------------------------------------------------- text
+
+    async def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        self._check_open()
+        return [1, *text.encode()] if add_special_tokens else list(text.encode())
+
+    async def get_tokenizer(self) -> FakeTokenizer:
+        return FakeTokenizer()
