@@ -43,7 +43,8 @@ def read_config(path: str) -> PretrainedConfig:
         raise ConfigError(f"{path}: GGUF architecture {file.architecture!r} is not supported; known: {known}")
     if file.get("expert_count", 0):
         raise ConfigError(f"{path}: mixture-of-experts GGUF files are not supported")
-    return build(file)
+    config: PretrainedConfig = build(file)
+    return config
 
 
 def _shared_fields(file: GGUFFile) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,12 +89,13 @@ def load_gguf_tokenizer(path: str) -> PreTrainedTokenizerBase:
     # bos_token and eos_token have defaults in transformers, which would be added to the vocabulary.
     options.setdefault("bos_token", None)
     options.setdefault("eos_token", None)
+    wrap: Callable[..., PreTrainedTokenizerBase] = PreTrainedTokenizerFast
     cached = _cache_file(file)
     if not cached.is_file():
         converted = convert(file)
         if not _store(converted, cached):
-            return PreTrainedTokenizerFast(tokenizer_object=converted, **options)
-    return PreTrainedTokenizerFast(tokenizer_file=str(cached), **options)
+            return wrap(tokenizer_object=converted, **options)
+    return wrap(tokenizer_file=str(cached), **options)
 
 
 def _cache_file(file: GGUFFile) -> Path:

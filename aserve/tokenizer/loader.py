@@ -100,7 +100,7 @@ def _generation_config_file(path: str, revision: str | None, download_dir: str |
     if os.path.isdir(path):
         file = os.path.join(path, "generation_config.json")
         return file if os.path.isfile(file) else None
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     found: str | None = cached_file(
         path,
@@ -112,14 +112,3 @@ def _generation_config_file(path: str, revision: str | None, download_dir: str |
         _raise_exceptions_for_connection_errors=False,
     )
     return found
-
-
-def eos_token_ids(
-    tokenizer: PreTrainedTokenizerBase | None, generation_eos: set[int]
-) -> tuple[int | None, set[int]]:
-    """``(primary, others)``: the tokenizer's EOS id, which ends a sequence without a stop reason, and the
-    ids of :func:`load_generation_eos` besides it, which end it with themselves as the reason. Without a
-    tokenizer there is no primary one.
-    """
-    primary = None if tokenizer is None else tokenizer.eos_token_id
-    return primary, generation_eos - {primary}

@@ -13,11 +13,13 @@ from aserve.model.base import Model
 from tests.model import tiny
 from tests.model.paged import PagedRunner, load, stepwise_logits, whole_logits
 
-TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+
+def check_close(logits: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def saved() -> dict[str, Path]:
     return {}
 
 
@@ -34,7 +36,7 @@ def test_whole_prompt_matches_transformers(
     tokens = tiny.tokens()
     expected = tiny.reference_logits(tiny.model(family), tokens)
     logits = whole_logits(ours(saved, tmp_path_factory, family), tokens)
-    torch.testing.assert_close(logits, expected, **TOLERANCE)
+    check_close(logits, expected)
     assert logits.std() > 0.1  # the comparison is of something
 
 
@@ -47,7 +49,7 @@ def test_chunked_prefill_then_decode_matches_transformers(
     expected = tiny.reference_logits(tiny.model(family), tokens)
     model = ours(saved, tmp_path_factory, family)
     logits = stepwise_logits(model, tokens, prompt=27, block_size=block_size, chunk=10)
-    torch.testing.assert_close(logits, expected, **TOLERANCE)
+    check_close(logits, expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "opt"])
@@ -61,7 +63,7 @@ def test_rows_of_a_mixed_batch_do_not_see_each_other(
     mixed = runner.step([(0, sequences[0][:17]), (1, [sequences[1][30]]), (2, [sequences[2][12]])])
     for sequence, logits, end in zip(sequences, mixed, (17, 31, 13), strict=True):
         expected = tiny.reference_logits(tiny.model(family), sequence[:end])[-logits.shape[0] :]
-        torch.testing.assert_close(logits, expected, **TOLERANCE)
+        check_close(logits, expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
@@ -89,9 +91,7 @@ def test_dynamic_ntk_past_the_original_length(rope: dict[str, Any], length: int,
     plain = tiny.make("llama")
     tiny.save(plain, tmp_path)
     model = load(tmp_path, plain.config, max_model_len=length, rope_scaling=rope)
-    torch.testing.assert_close(
-        whole_logits(model, tokens), tiny.reference_logits(reference, tokens), **TOLERANCE
-    )
+    check_close(whole_logits(model, tokens), tiny.reference_logits(reference, tokens))
 
 
 def test_rope_scaling_argument_replaces_the_models_own(tmp_path: Path) -> None:
@@ -101,9 +101,7 @@ def test_rope_scaling_argument_replaces_the_models_own(tmp_path: Path) -> None:
     tiny.save(scaled, tmp_path)
     model = load(tmp_path, scaled.config, 50, rope_scaling={"type": "linear", "factor": 2.5})
     tokens = tiny.tokens()
-    torch.testing.assert_close(
-        whole_logits(model, tokens), tiny.reference_logits(reference, tokens), **TOLERANCE
-    )
+    check_close(whole_logits(model, tokens), tiny.reference_logits(reference, tokens))
 
 
 def test_final_softcap_matches_transformers(tmp_path: Path) -> None:
@@ -111,7 +109,7 @@ def test_final_softcap_matches_transformers(tmp_path: Path) -> None:
     tiny.save(reference, tmp_path)
     tokens = tiny.tokens()
     logits = whole_logits(load(tmp_path, reference.config, 50), tokens)
-    torch.testing.assert_close(logits, tiny.reference_logits(reference, tokens), **TOLERANCE)
+    check_close(logits, tiny.reference_logits(reference, tokens))
     assert logits.abs().max() < 3.0
 
 

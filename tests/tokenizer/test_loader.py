@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from aserve.errors import ConfigError
 from aserve.tokenizer.gguf import derive_merges
-from aserve.tokenizer.loader import eos_token_ids, load_generation_eos, load_tokenizer
+from aserve.tokenizer.loader import load_generation_eos, load_tokenizer
 
 # Ids that transformers 5.23 gives each text with the tokenizer it converts from the same file.
 EXPECTED: dict[str, list[list[Any]]] = json.loads(
@@ -218,9 +218,3 @@ def test_generation_eos_of_gguf_files(smollm2_path: Path, tmp_path: Path) -> Non
     assert load_generation_eos(str(smollm2_path)) == {2}
     path = write_tokenizer(tmp_path / "m.gguf", eos_token_id=1, eot_token_id=106)
     assert load_generation_eos(path) == {1, 106}
-
-
-def test_primary_and_other_eos(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(str(small_tokenizer(tmp_path)))
-    assert eos_token_ids(tokenizer, {1, 106}) == (1, {106})
-    assert eos_token_ids(None, {1, 106}) == (None, {1, 106})
