@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import AsyncGenerator, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 from quart import Quart, Request, Response, request
@@ -61,16 +61,18 @@ class App(Quart):
 
         call: Callable[[Request], Any] = inner
         for middleware in self.http_middleware:
-            call = _around(middleware, call)
+            call = _around(middleware, call, self.make_response)
         try:
-            return await self.make_response(await call(request._get_current_object()))  # type: ignore[attr-defined]
+            return cast("ResponseTypes", await call(request._get_current_object()))  # type: ignore[attr-defined]
         except Exception as error:  # a middleware's own failure; those of views are answered inside
             return await self.make_response(await self.handle_user_exception(error))
 
 
-def _around(middleware: HttpMiddleware, call: Callable[[Request], Any]) -> Callable[[Request], Any]:
+def _around(
+    middleware: HttpMiddleware, call: Callable[[Request], Any], make_response: Callable[[Any], Any]
+) -> Callable[[Request], Any]:
     async def wrapped(asked: Request) -> Any:
-        return await middleware(asked, call)
+        return await make_response(await middleware(asked, call))
 
     return wrapped
 

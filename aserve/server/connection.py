@@ -132,7 +132,7 @@ def _authority_free(target: str) -> str:
     try:
         return urlsplit(target).path
     except ValueError:  # an unbalanced bracket in the host part
-        return ""
+        return " "  # routed to nothing
 
 
 class Exchanges:

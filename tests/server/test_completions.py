@@ -136,8 +136,8 @@ async def test_prompt_forms(client: Any, engine: FakeEngine, prompt: Any, ids: l
 
 
 BAD_PROMPTS: list[Any] = [
-    "", [], [[]], ["a", ""], [[1], []], [1, "a"], ["a", [1]], [[1, "a"]], [1.5], [True], [[True]], {"a": 1}, 7,
-    [256], [-1], [[1], [2**70]], ["a"] * 2049,
+    "", [], [[]], ["a", ""], [[1], []], [1, "a"], ["a", [1]], [[1, "a"]], [1.5], [True], [[True]], {"a": 1},
+    7, [256], [-1], [[1], [2**70]], ["a"] * 2049,
 ]  # fmt: skip
 
 
