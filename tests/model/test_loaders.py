@@ -256,3 +256,18 @@ def test_every_built_load_format_is_a_loader() -> None:
     for name in ("auto", "dummy", "gguf", "pt", "safetensors"):
         loader = registry.loaders.load(name)
         assert issubclass(loader, Loader) and loader.format == name
+
+
+def test_loading_leaves_the_thread_count_alone(tmp_path: Path) -> None:
+    reference = tiny.model("llama")
+    tiny.save(reference, tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        load(tmp_path, reference.config, 50)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ConfigError):
+            load(tmp_path, reference.config, 50, load_format="pt")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)

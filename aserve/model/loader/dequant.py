@@ -14,7 +14,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from aserve.errors import ConfigError
 
-_CHUNK = 1 << 20  # values decoded at a time: the float32 intermediates stay in cache
+_CHUNK = 1 << 17  # values decoded at a time: the float32 intermediates stay in cache
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
