@@ -96,6 +96,7 @@ class FakeEngine:
         self.loading.set()
         self.load_error: Exception | None = None
         self.fail_after: int | None = None
+        self.finish_reason = "length"
         self.failure: AserveError = EngineBusyError("failed on demand")
         self.failed: EngineDeadError | None = None
         self.refusal: str | None = None
@@ -186,7 +187,7 @@ class FakeEngine:
                         logprobs=None
                         if top is None
                         else [logprobs_of(t, first + i, top) for i, t in enumerate(delta)],
-                        finish_reason="length" if last else None,
+                        finish_reason=self.finish_reason if last else None,
                     )
                 )
             if mailbox.kind is OutputKind.FINAL_ONLY and not last:
