@@ -28,7 +28,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 hash = $(shell cat $(1) 2>/dev/null | cksum | cut -d' ' -f1)
 INSTALLED := $(VENV)/.installed-$(call hash,pyproject.toml $(CONSTRAINTS))
 TEST_MODELS := $(VENV)/.test-models-$(call hash,$(CONSTRAINTS))
-EXTENSION := $(VENV)/.extension-$(call hash,setup_ext.py $$(find cuda_ext -type f -not -path "*__pycache__*" | LC_ALL=C sort))
+EXTENSION := $(VENV)/.extension-$(call hash,setup_ext.py $$(find cuda_ext -type f -not -path "*__pycache__*" 2>/dev/null | LC_ALL=C sort))
 
 setup: $(EXTENSION)
 
