@@ -151,7 +151,8 @@ def make(family: str, **changes: Any) -> Any:
     class_name, settings = FAMILIES[family]
     config = getattr(transformers, class_name)(**settings | changes)
     torch.manual_seed(len(family))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    factory: Any = AutoModelForCausalLM
+    model = factory.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() == 1 else 0.08))
