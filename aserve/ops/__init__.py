@@ -1,28 +1,38 @@
 """The operations models are written in; the only door to the native extension.
 
 Each function runs the native kernel when the loaded extension offers it for these tensors, and the
-reference in :mod:`aserve.ops.reference` otherwise. Both have the same signature and meaning.
+reference in :mod:`aserve.ops.reference` otherwise. Both have the same signature and meaning; the
+reference's docstring gives it. ``ASERVE_CPU_ISA=reference`` keeps to the references, ``avx2`` and
+``avx512`` force a level of the native kernels.
 """
 
 from __future__ import annotations
 
-from aserve.ops.reference import (
-    copy_blocks,
-    fused_add_rms_norm,
-    gelu_and_mul,
-    paged_attention,
-    rms_norm,
-    rotary_embedding,
-    silu_and_mul,
-    store_kv,
-)
+from aserve.ops import native, reference
+
+_chosen = reference if native.load() == "reference" else native
+
+copy_blocks = _chosen.copy_blocks
+fused_add_rms_norm = _chosen.fused_add_rms_norm
+gelu_and_mul = _chosen.gelu_and_mul
+greedy_logprob = _chosen.greedy_logprob
+paged_attention = _chosen.paged_attention
+rms_norm = _chosen.rms_norm
+rope_and_store = _chosen.rope_and_store
+rotary_embedding = _chosen.rotary_embedding
+silu_and_mul = _chosen.silu_and_mul
+store_kv = _chosen.store_kv
+kernels = native.report
 
 __all__ = [
     "copy_blocks",
     "fused_add_rms_norm",
     "gelu_and_mul",
+    "greedy_logprob",
+    "kernels",
     "paged_attention",
     "rms_norm",
+    "rope_and_store",
     "rotary_embedding",
     "silu_and_mul",
     "store_kv",

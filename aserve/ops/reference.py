@@ -44,9 +44,7 @@ def rotary_embedding(
     return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
 
 
-def _rotate(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
-) -> torch.Tensor:
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     width = 2 * cos.shape[-1]
     part, rest = x[..., :width].float(), x[..., width:]
     if interleaved:
@@ -59,9 +57,26 @@ def _rotate(
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
 
 
-def store_kv(
-    k: torch.Tensor, v: torch.Tensor, cache: KVCache, slot_mapping: torch.Tensor
-) -> None:
+def rope_and_store(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    cache: KVCache,
+    slot_mapping: torch.Tensor,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """:func:`rotary_embedding`, with the turned keys and the values going to :func:`store_kv`.
+
+    Returns the turned queries.
+    """
+    q, k = rotary_embedding(q, k, positions, cos_sin, interleaved)
+    store_kv(k, v, cache, slot_mapping)
+    return q
+
+
+def store_kv(k: torch.Tensor, v: torch.Tensor, cache: KVCache, slot_mapping: torch.Tensor) -> None:
     """Writes this step's keys and values ``[T, Hkv, D]`` into the paged cache."""
     k_cache, v_cache = cache
     block_size = k_cache.shape[2]
@@ -118,9 +133,7 @@ def paged_attention(
     return out
 
 
-def _gather(
-    cache: KVCache, tables: torch.Tensor, length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _gather(cache: KVCache, tables: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of each table's first ``length`` tokens, each ``[B, Hkv, length, D]``."""
     block_size = cache[0].shape[2]
     blocks = tables[:, : -(-length // block_size)].long()
@@ -160,15 +173,16 @@ def _attend(
             folded, keys.to(q.dtype), values.to(q.dtype), attn_mask=mask, scale=scale
         )
     else:
-        folded = query.reshape(batch, num_kv_heads, group, num_queries, head_size).float()
-        scores = torch.einsum("bkgqd,bkld->bkgql", folded, keys.float()) * scale
+        wide = torch.promote_types(q.dtype, torch.float32)
+        folded = query.reshape(batch, num_kv_heads, group, num_queries, head_size).to(wide)
+        scores = torch.einsum("bkgqd,bkld->bkgql", folded, keys.to(wide)) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if alibi_slopes is not None:
             slopes = alibi_slopes.view(1, num_kv_heads, group, 1, 1)
             scores = scores - slopes * distance.view(batch, 1, 1, num_queries, length)
         scores = scores.masked_fill(~visible.view(batch, 1, 1, num_queries, length), float("-inf"))
-        result = torch.einsum("bkgql,bkld->bkgqd", scores.softmax(-1), values.float()).to(q.dtype)
+        result = torch.einsum("bkgql,bkld->bkgqd", scores.softmax(-1), values.to(wide)).to(q.dtype)
     return result.reshape(batch, num_heads, num_queries, head_size).permute(0, 2, 1, 3)
 
 
@@ -185,10 +199,34 @@ def gelu_and_mul(x: torch.Tensor, approximate: str = "tanh") -> torch.Tensor:
 
 
 def copy_blocks(caches: list[KVCache], pairs: list[tuple[int, int]]) -> None:
-    """Copies whole blocks, ``(source, destination)`` ids, in every layer."""
-    device = caches[0][0].device
-    index = torch.tensor(pairs, dtype=torch.long, device=device)
+    """Copies whole blocks, ``(source, destination)`` ids, in the order given, in every layer."""
+    written: set[int] = set()
+    first = 0
+    for at, (source, destination) in enumerate(pairs):
+        # One indexed copy reads all its sources first, so a block written before starts another.
+        if source in written or destination in written:
+            _copy_at_once(caches, pairs[first:at])
+            written.clear()
+            first = at
+        written.add(destination)
+    _copy_at_once(caches, pairs[first:])
+
+
+def _copy_at_once(caches: list[KVCache], pairs: list[tuple[int, int]]) -> None:
+    if not pairs or not caches:
+        return
+    index = torch.tensor(pairs, dtype=torch.long, device=caches[0][0].device)
     source, destination = index[:, 0], index[:, 1]
-    for k_cache, v_cache in caches:
-        k_cache[destination] = k_cache[source]
-        v_cache[destination] = v_cache[source]
+    for sides in caches:
+        for side in sides:
+            side[destination] = side[source]
+
+
+def greedy_logprob(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most likely token of each row and its log-probability.
+
+    logits: ``[B, V]``; returns int64 ``[B]`` (the first of equal ones) and float32 ``[B]``.
+    """
+    logits = logits.float()
+    top = logits.amax(-1, keepdim=True)
+    return (logits == top).int().argmax(-1), top[:, 0] - logits.logsumexp(-1)

@@ -1,0 +1,302 @@
+"""The native kernels behind the operations: loading, and calls with outputs made here.
+
+Every function has the signature and meaning of its namesake in :mod:`aserve.ops.reference`, and hands
+tensors the kernels do not serve (other devices, other dtypes) to it. The kernels check shapes and
+strides themselves and raise RuntimeError.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aserve.attention.base import AttentionMetadata, KVCache
+from aserve.errors import ConfigError
+from aserve.ops import reference
+
+LIBRARY = Path(__file__).resolve().parent.parent / "_lib" / "libaserve_cpu.so"
+LEVEL_VARIABLE = "ASERVE_CPU_ISA"
+LEVELS = ("avx2", "avx512")
+OPERATIONS = (
+    "copy_blocks",
+    "fused_add_rms_norm",
+    "gelu_and_mul",
+    "greedy_logprob",
+    "paged_attention",
+    "rms_norm",
+    "rope_and_store",
+    "rotary_embedding",
+    "silu_and_mul",
+    "store_kv",
+)
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_KERNELS = (
+    "copy_blocks",
+    "fused_add_rms_norm",
+    "gated",
+    "greedy_logprob",
+    "paged_attention",
+    "rms_norm",
+    "rope_and_store",
+    "rotary_embedding",
+    "store_kv",
+)
+_SILU, _GELU_TANH, _GELU_ERF = 0, 1, 2
+_CONTIGUOUS = torch.contiguous_format
+
+
+class _Library:
+    """The loaded library's operations, each bound past the per-call search of ``torch.ops``."""
+
+    def __init__(self, path: Path) -> None:
+        ops: Any = torch.ops
+        ops.load_library(str(path))
+        self.functions = ctypes.CDLL(str(path))
+        self.functions.aserve_cpu_isa.restype = ctypes.c_char_p
+        self.functions.aserve_cpu_select.argtypes = [ctypes.c_char_p]
+        for name in _KERNELS:
+            torch.library.register_fake(f"aserve::{name}", _writes_only)
+        operations = ops.aserve
+        self.copy_blocks = operations.copy_blocks.default
+        self.fused_add_rms_norm = operations.fused_add_rms_norm.default
+        self.gated = operations.gated.default
+        self.greedy_logprob = operations.greedy_logprob.default
+        self.paged_attention = operations.paged_attention.default
+        self.rms_norm = operations.rms_norm.default
+        self.rope_and_store = operations.rope_and_store.default
+        self.rotary_embedding = operations.rotary_embedding.default
+        self.store_kv = operations.store_kv.default
+
+    def level(self) -> str:
+        """The instruction-set level in use, or "none" where the CPU has no level the library knows."""
+        return str(self.functions.aserve_cpu_isa().decode())
+
+    def select(self, level: str) -> bool:
+        return bool(self.functions.aserve_cpu_select(level.encode()))
+
+
+def _writes_only(*tensors: Any) -> None:
+    """What every kernel returns: outputs are arguments."""
+
+
+def load() -> str:
+    """Loads the library and chooses the level, once per process.
+
+    Returns the level, or "reference" where the kernels are not used: no library has been built, it does
+    not load, the CPU is too old, or ``ASERVE_CPU_ISA=reference``. ConfigError: the variable names a level
+    that is unknown or that this CPU lacks.
+    """
+    global _library
+    wanted = os.environ.get(LEVEL_VARIABLE, "auto")
+    if wanted not in ("auto", "reference", *LEVELS):
+        raise ConfigError(f"{LEVEL_VARIABLE} must be auto, reference, {' or '.join(LEVELS)}, is {wanted!r}")
+    if wanted == "reference" or why_missing() is not None:
+        return "reference"
+    library = _open()
+    if wanted != "auto" and not library.select(wanted):
+        raise ConfigError(f"{LEVEL_VARIABLE}={wanted}: this CPU does not have it")
+    if library.level() == "none":
+        return "reference"
+    _library = library
+    return library.level()
+
+
+def select(level: str) -> None:
+    """Changes the level in use ("auto", "avx2", "avx512"). ConfigError: not available here."""
+    if _library is None or not _library.select(level):
+        raise ConfigError(f"there are no native kernels at the level {level!r} here")
+
+
+def level() -> str:
+    """The level in use now, or "reference"."""
+    return "reference" if _library is None else _library.level()
+
+
+@cache
+def why_missing() -> str | None:
+    """Why the library cannot be used, or None where it can."""
+    if not LIBRARY.exists():
+        return "it has not been built"
+    try:
+        _open()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+@cache
+def _open() -> _Library:
+    return _Library(LIBRARY)
+
+
+@cache
+def report() -> dict[str, str]:
+    """Which implementation each operation has ("native" or "reference") and the level as "isa".
+
+    The first call logs a line when the native kernels are missing.
+    """
+    now = level()
+    reason = why_missing()
+    if now == "reference" and reason is not None and os.environ.get(LEVEL_VARIABLE) != "reference":
+        logger.warning(
+            "native kernels are off, the slower torch operations serve instead: %s (%s); "
+            "build them with: python setup_ext.py",
+            LIBRARY.name,
+            reason,
+        )
+    kind = "reference" if now == "reference" else "native"
+    return {"isa": now, **dict.fromkeys(OPERATIONS, kind)}
+
+
+_library: _Library | None = None
+
+
+def _kernels(x: torch.Tensor) -> Any:
+    """The library where its kernels serve this tensor."""
+    return _library if x.is_cpu and x.dtype in _DTYPES else None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    kernels = _kernels(x)
+    if kernels is None:
+        return reference.rms_norm(x, weight, eps)
+    out = torch.empty_like(x, memory_format=_CONTIGUOUS)
+    kernels.rms_norm(x, weight, eps, out)
+    return out
+
+
+def fused_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kernels = _kernels(x)
+    if kernels is None:
+        return reference.fused_add_rms_norm(x, residual, weight, eps)
+    out = torch.empty_like(x, memory_format=_CONTIGUOUS)
+    total = torch.empty_like(x, memory_format=_CONTIGUOUS)
+    kernels.fused_add_rms_norm(x, residual, weight, eps, out, total)
+    return out, total
+
+
+def rotary_embedding(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    interleaved: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kernels = _kernels(q)
+    if kernels is None:
+        return reference.rotary_embedding(q, k, positions, cos_sin, interleaved)
+    q_out = torch.empty_like(q, memory_format=_CONTIGUOUS)
+    k_out = torch.empty_like(k, memory_format=_CONTIGUOUS)
+    kernels.rotary_embedding(q, k, positions, cos_sin, interleaved, q_out, k_out)
+    return q_out, k_out
+
+
+def rope_and_store(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    cache: KVCache,
+    slot_mapping: torch.Tensor,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    kernels = _kernels(q)
+    if kernels is None:
+        return reference.rope_and_store(q, k, v, positions, cos_sin, cache, slot_mapping, interleaved)
+    out = torch.empty_like(q, memory_format=_CONTIGUOUS)
+    kernels.rope_and_store(q, k, v, positions, cos_sin, interleaved, cache[0], cache[1], slot_mapping, out)
+    return out
+
+
+def store_kv(k: torch.Tensor, v: torch.Tensor, cache: KVCache, slot_mapping: torch.Tensor) -> None:
+    kernels = _kernels(k)
+    if kernels is None:
+        reference.store_kv(k, v, cache, slot_mapping)
+    else:
+        kernels.store_kv(k, v, cache[0], cache[1], slot_mapping)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    cache: KVCache,
+    meta: AttentionMetadata,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    kernels = _kernels(q)
+    head_size = q.shape[-1]
+    if kernels is None or head_size % 8 != 0 or head_size > 256:
+        return reference.paged_attention(
+            q, cache, meta, scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes
+        )
+    out = torch.empty_like(q, memory_format=_CONTIGUOUS)
+    kernels.paged_attention(
+        q,
+        cache[0],
+        cache[1],
+        meta.query_start,
+        meta.seq_lens,
+        meta.block_tables,
+        scale,
+        window or 0,
+        softcap or 0.0,
+        alibi_slopes,
+        out,
+    )
+    return out
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    kernels = _kernels(x)
+    return reference.silu_and_mul(x) if kernels is None else _gated(kernels, x, _SILU)
+
+
+def gelu_and_mul(x: torch.Tensor, approximate: str = "tanh") -> torch.Tensor:
+    kernels = _kernels(x)
+    if kernels is None:
+        return reference.gelu_and_mul(x, approximate)
+    return _gated(kernels, x, _GELU_TANH if approximate == "tanh" else _GELU_ERF)
+
+
+def _gated(kernels: Any, x: torch.Tensor, activation: int) -> torch.Tensor:
+    shape = x.shape
+    out = x.new_empty((*shape[:-1], shape[-1] // 2))
+    kernels.gated(x, activation, out)
+    return out
+
+
+def copy_blocks(caches: list[KVCache], pairs: list[tuple[int, int]]) -> None:
+    kernels = _kernels(caches[0][0]) if caches and pairs else None
+    if kernels is None:
+        reference.copy_blocks(caches, pairs)
+        return
+    index = torch.tensor(pairs, dtype=torch.int64)
+    for sides in caches:
+        for side in sides:
+            kernels.copy_blocks(side, index)
+
+
+def greedy_logprob(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    kernels = _kernels(logits)
+    if kernels is None:
+        return reference.greedy_logprob(logits)
+    rows = logits.shape[0]
+    token = torch.empty(rows, dtype=torch.int64)
+    logprob = torch.empty(rows, dtype=torch.float32)
+    kernels.greedy_logprob(logits, token, logprob)
+    return token, logprob

@@ -1,0 +1,454 @@
+// Binding of the CPU kernels to torch's stable ABI: checks shapes, dtypes, strides and devices, then
+// hands pointers to the kernels. Outputs are made by the caller, so that every op only writes into
+// tensors it is given.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+using aserve::DType;
+using aserve::Status;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+[[noreturn]] void refuse(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << "aserve::" << op << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+void run_workers(int workers, aserve::Task task, void* context) {
+  struct Call {
+    aserve::Task task;
+    void* context;
+  } call = {task, context};
+  const auto body = [](int64_t begin, int64_t end, void* data) {
+    const Call& c = *static_cast<Call*>(data);
+    for (int64_t worker = begin; worker < end; worker++) c.task(c.context, static_cast<int>(worker));
+  };
+  if (torch_parallel_for(0, workers, 1, body, &call) != AOTI_TORCH_SUCCESS)
+    throw std::runtime_error("aserve: torch_parallel_for failed");
+}
+
+aserve::Threads threads() {
+  uint32_t count = 1;
+  if (torch_get_num_threads(&count) != AOTI_TORCH_SUCCESS)
+    throw std::runtime_error("aserve: torch_get_num_threads failed");
+  return {static_cast<int>(count), run_workers};
+}
+
+const aserve::Kernels& table(const char* op) {
+  const aserve::Kernels* kernels = aserve::kernels();
+  if (kernels == nullptr) refuse(op, "this CPU has neither AVX-512 nor AVX2");
+  return *kernels;
+}
+
+// A tensor's data and layout, read once.
+struct View {
+  const char* op;
+  const char* name;
+  void* data;
+  int64_t dims;
+  const int64_t* sizes;
+  const int64_t* strides;
+  int32_t type;
+
+  View(const char* op_name, const char* tensor_name, const Tensor& tensor) : op(op_name), name(tensor_name) {
+    const AtenTensorHandle handle = tensor.get();
+    int64_t *size = nullptr, *stride = nullptr;
+    int32_t device = -1;
+    if (aoti_torch_get_device_type(handle, &device) != AOTI_TORCH_SUCCESS ||
+        aoti_torch_get_data_ptr(handle, &data) != AOTI_TORCH_SUCCESS ||
+        aoti_torch_get_dim(handle, &dims) != AOTI_TORCH_SUCCESS ||
+        aoti_torch_get_sizes(handle, &size) != AOTI_TORCH_SUCCESS ||
+        aoti_torch_get_strides(handle, &stride) != AOTI_TORCH_SUCCESS ||
+        aoti_torch_get_dtype(handle, &type) != AOTI_TORCH_SUCCESS)
+      refuse(op, name, " cannot be read");
+    if (device != aoti_torch_device_type_cpu()) refuse(op, name, " must be on the CPU");
+    sizes = size;
+    strides = stride;
+  }
+
+  const View& rank(int64_t wanted) const {
+    if (dims != wanted) refuse(op, name, " must have ", wanted, " dimensions, has ", dims);
+    return *this;
+  }
+  const View& size(int64_t dim, int64_t wanted) const {
+    if (sizes[dim] != wanted)
+      refuse(op, name, " must have size ", wanted, " in dimension ", dim, ", has ", sizes[dim]);
+    return *this;
+  }
+  const View& typed(int32_t wanted, const char* type_name) const {
+    if (type != wanted) refuse(op, name, " must be ", type_name);
+    return *this;
+  }
+  // Dimensions first .. dims - 1 lie densely behind each other.
+  const View& dense_from(int64_t first) const {
+    int64_t step = 1;
+    for (int64_t d = dims - 1; d >= first; d--) {
+      if (sizes[d] != 1 && strides[d] != step)
+        refuse(op, name, " must be dense from dimension ", first, ", has stride ", strides[d], " in dimension ", d);
+      step *= sizes[d];
+    }
+    return *this;
+  }
+  DType storage() const {
+    if (type == aoti_torch_dtype_float32()) return DType::f32;
+    if (type == aoti_torch_dtype_bfloat16()) return DType::bf16;
+    if (type == aoti_torch_dtype_float16()) return DType::f16;
+    refuse(op, name, " must be float32, bfloat16 or float16");
+  }
+  int64_t element_bytes() const { return storage() == DType::f32 ? 4 : 2; }
+};
+
+void check_same_type(const View& a, const View& b) {
+  if (a.type != b.type) refuse(a.op, a.name, " and ", b.name, " must have one dtype");
+}
+
+void check(const char* op, Status status) {
+  switch (status) {
+    case Status::ok:
+      return;
+    case Status::bad_block:
+      refuse(op, "a block id is outside the cache");
+    case Status::bad_slot:
+      refuse(op, "a slot is outside the cache");
+    case Status::bad_position:
+      refuse(op, "a position is outside cos_sin");
+    case Status::no_memory:
+      refuse(op, "out of memory");
+  }
+}
+
+// x as rows, all dimensions but the last: evenly spaced, or groups of evenly spaced rows.
+aserve::Rows rows_of(const View& x) {
+  if (x.dims < 1) refuse(x.op, x.name, " must have a dimension");
+  x.dense_from(x.dims - 1);
+  aserve::Rows rows = {1, 1, 0, 0};
+  bool grouped = false;
+  for (int64_t d = x.dims - 2; d >= 0; d--) {
+    const int64_t size = x.sizes[d], stride = x.strides[d];
+    if (size == 1) continue;
+    if (rows.count == 1 && !grouped) {
+      rows.inner_stride = stride;
+    } else if (!grouped && stride != rows.inner_stride * rows.inner) {
+      grouped = true;
+      rows.outer_stride = stride;
+    } else if (grouped && stride != rows.outer_stride * (rows.count / rows.inner)) {
+      refuse(x.op, x.name, " must have rows, or groups of rows, that lie evenly");
+    }
+    rows.count *= size;
+    if (!grouped) rows.inner = rows.count;
+  }
+  if (rows.inner == 0) rows.inner = 1;
+  return rows;
+}
+
+void same_shape(const View& x, const View& y) {
+  y.rank(x.dims);
+  for (int64_t d = 0; d < x.dims; d++) y.size(d, x.sizes[d]);
+}
+
+void norm(const char* op, const Tensor& x_, const Tensor* residual_, const Tensor& weight_, double eps,
+          const Tensor& out_, const Tensor* total_) {
+  const View x(op, "x", x_), weight(op, "weight", weight_), out(op, "out", out_);
+  aserve::NormArgs a = {};
+  a.x_rows = rows_of(x);
+  a.size = x.sizes[x.dims - 1];
+  weight.rank(1).size(0, a.size).dense_from(0);
+  same_shape(x, out);
+  out.dense_from(0);
+  check_same_type(x, out);
+  if (residual_ != nullptr) {
+    const View residual(op, "residual", *residual_), total(op, "total", *total_);
+    same_shape(x, residual);
+    same_shape(x, total);
+    total.dense_from(0);
+    check_same_type(x, residual);
+    check_same_type(x, total);
+    a.residual_rows = rows_of(residual);
+    a.residual = residual.data;
+    a.total = total.data;
+  }
+  a.x = x.data;
+  a.weight = weight.data;
+  a.out = out.data;
+  a.eps = static_cast<float>(eps);
+  a.dtype = x.storage();
+  a.weight_dtype = weight.storage();
+  table(op).norm(a, threads());
+}
+
+void rms_norm(const Tensor& x, const Tensor& weight, double eps, const Tensor& out) {
+  norm("rms_norm", x, nullptr, weight, eps, out, nullptr);
+}
+
+void fused_add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
+                        const Tensor& out, const Tensor& total) {
+  norm("fused_add_rms_norm", x, &residual, weight, eps, out, &total);
+}
+
+// The cache's layout into args that name it cache_block, cache_head, cache_slot, block_size, num_blocks.
+template <typename Args>
+void read_cache(const View& k, const View& v, int64_t kv_heads, int64_t head_size, Args& a) {
+  k.rank(4).size(1, kv_heads).size(3, head_size).dense_from(3);
+  same_shape(k, v);
+  check_same_type(k, v);
+  for (int64_t d = 0; d < 4; d++)
+    if (k.strides[d] != v.strides[d]) refuse(k.op, "k_cache and v_cache must have one layout");
+  a.num_blocks = k.sizes[0];
+  a.block_size = k.sizes[2];
+  if (a.block_size < 1) refuse(k.op, "the block size must be positive");
+  a.cache_block = k.strides[0];
+  a.cache_head = k.strides[1];
+  a.cache_slot = k.strides[2];
+  a.cache_dtype = k.storage();
+}
+
+aserve::RotaryArgs rotary_args(const View& q, const View& k, const View& positions, const View& cos_sin,
+                               bool interleaved, const View& q_out) {
+  aserve::RotaryArgs a = {};
+  q.rank(3).dense_from(1);
+  k.rank(3).dense_from(1).size(0, q.sizes[0]).size(2, q.sizes[2]);
+  check_same_type(q, k);
+  check_same_type(q, q_out);
+  positions.rank(1).size(0, q.sizes[0]).typed(aoti_torch_dtype_int64(), "int64").dense_from(0);
+  cos_sin.rank(2).typed(aoti_torch_dtype_float32(), "float32").dense_from(0);
+  same_shape(q, q_out);
+  q_out.dense_from(0);
+  a.tokens = q.sizes[0];
+  a.q_heads = q.sizes[1];
+  a.kv_heads = k.sizes[1];
+  a.head_size = q.sizes[2];
+  a.max_position = cos_sin.sizes[0];
+  a.rotary_size = cos_sin.sizes[1];
+  if (a.rotary_size % 2 != 0 || a.rotary_size > a.head_size)
+    refuse(q.op, "cos_sin must have an even number of columns, at most ", a.head_size);
+  a.q = q.data;
+  a.k = k.data;
+  a.q_out = q_out.data;
+  a.positions = static_cast<const int64_t*>(positions.data);
+  a.cos_sin = static_cast<const float*>(cos_sin.data);
+  a.q_stride = q.strides[0];
+  a.k_stride = k.strides[0];
+  a.interleaved = interleaved;
+  a.dtype = q.storage();
+  a.cache_dtype = a.dtype;
+  return a;
+}
+
+void rotary_embedding(const Tensor& q_, const Tensor& k_, const Tensor& positions_, const Tensor& cos_sin_,
+                      bool interleaved, const Tensor& q_out_, const Tensor& k_out_) {
+  const char* op = "rotary_embedding";
+  const View q(op, "q", q_), k(op, "k", k_), positions(op, "positions", positions_),
+      cos_sin(op, "cos_sin", cos_sin_), q_out(op, "q_out", q_out_), k_out(op, "k_out", k_out_);
+  aserve::RotaryArgs a = rotary_args(q, k, positions, cos_sin, interleaved, q_out);
+  same_shape(k, k_out);
+  check_same_type(k, k_out);
+  k_out.dense_from(0);
+  a.k_out = k_out.data;
+  check(op, table(op).rotary(a, threads()));
+}
+
+const int64_t* slot_data(const View& slots, int64_t tokens) {
+  slots.rank(1).size(0, tokens).typed(aoti_torch_dtype_int64(), "int64").dense_from(0);
+  return static_cast<const int64_t*>(slots.data);
+}
+
+void rope_and_store(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& positions_,
+                    const Tensor& cos_sin_, bool interleaved, const Tensor& k_cache_, const Tensor& v_cache_,
+                    const Tensor& slots_, const Tensor& q_out_) {
+  const char* op = "rope_and_store";
+  const View q(op, "q", q_), k(op, "k", k_), v(op, "v", v_), positions(op, "positions", positions_),
+      cos_sin(op, "cos_sin", cos_sin_), k_cache(op, "k_cache", k_cache_), v_cache(op, "v_cache", v_cache_),
+      slots(op, "slots", slots_), q_out(op, "q_out", q_out_);
+  aserve::RotaryArgs a = rotary_args(q, k, positions, cos_sin, interleaved, q_out);
+  same_shape(k, v);
+  check_same_type(k, v);
+  v.dense_from(1);
+  read_cache(k_cache, v_cache, a.kv_heads, a.head_size, a);
+  a.v = v.data;
+  a.v_stride = v.strides[0];
+  a.k_cache = k_cache.data;
+  a.v_cache = v_cache.data;
+  a.slots = slot_data(slots, a.tokens);
+  check(op, table(op).rotary(a, threads()));
+}
+
+void store_kv(const Tensor& k_, const Tensor& v_, const Tensor& k_cache_, const Tensor& v_cache_,
+              const Tensor& slots_) {
+  const char* op = "store_kv";
+  const View k(op, "k", k_), v(op, "v", v_), k_cache(op, "k_cache", k_cache_), v_cache(op, "v_cache", v_cache_),
+      slots(op, "slots", slots_);
+  aserve::StoreArgs a = {};
+  k.rank(3).dense_from(1);
+  same_shape(k, v);
+  v.dense_from(1);
+  check_same_type(k, v);
+  a.tokens = k.sizes[0];
+  a.kv_heads = k.sizes[1];
+  a.head_size = k.sizes[2];
+  read_cache(k_cache, v_cache, a.kv_heads, a.head_size, a);
+  a.k = k.data;
+  a.v = v.data;
+  a.k_stride = k.strides[0];
+  a.v_stride = v.strides[0];
+  a.k_cache = k_cache.data;
+  a.v_cache = v_cache.data;
+  a.slots = slot_data(slots, a.tokens);
+  a.dtype = k.storage();
+  check(op, table(op).store(a, threads()));
+}
+
+void paged_attention(const Tensor& q_, const Tensor& k_cache_, const Tensor& v_cache_, const Tensor& query_start_,
+                     const Tensor& seq_lens_, const Tensor& block_tables_, double scale, int64_t window,
+                     double softcap, std::optional<Tensor> alibi_slopes_, const Tensor& out_) {
+  const char* op = "paged_attention";
+  const View q(op, "q", q_), k_cache(op, "k_cache", k_cache_), v_cache(op, "v_cache", v_cache_),
+      query_start(op, "query_start", query_start_), seq_lens(op, "seq_lens", seq_lens_),
+      block_tables(op, "block_tables", block_tables_), out(op, "out", out_);
+  aserve::AttentionArgs a = {};
+  q.rank(3).dense_from(2);
+  k_cache.rank(4);
+  a.q_heads = q.sizes[1];
+  a.kv_heads = k_cache.sizes[1];
+  a.head_size = q.sizes[2];
+  if (a.kv_heads < 1 || a.q_heads % a.kv_heads != 0)
+    refuse(op, a.q_heads, " query heads do not divide among ", a.kv_heads, " KV heads");
+  if (a.head_size < 8 || a.head_size > 256 || a.head_size % 8 != 0)
+    refuse(op, "the head size must be a multiple of 8 from 8 to 256, is ", a.head_size);
+  read_cache(k_cache, v_cache, a.kv_heads, a.head_size, a);
+  same_shape(q, out);
+  out.dense_from(0);
+  check_same_type(q, out);
+  a.rows = seq_lens.rank(1).sizes[0];
+  const int32_t int32 = aoti_torch_dtype_int32();
+  seq_lens.typed(int32, "int32").dense_from(0);
+  query_start.rank(1).size(0, a.rows + 1).typed(int32, "int32").dense_from(0);
+  block_tables.rank(2).size(0, a.rows).typed(int32, "int32").dense_from(1);
+  a.query_start = static_cast<const int32_t*>(query_start.data);
+  a.seq_lens = static_cast<const int32_t*>(seq_lens.data);
+  a.block_tables = static_cast<const int32_t*>(block_tables.data);
+  a.max_blocks = block_tables.sizes[1];
+  a.table_stride = block_tables.strides[0];
+  if (a.query_start[0] != 0 || a.query_start[a.rows] != q.sizes[0])
+    refuse(op, "query_start must run from 0 to the number of tokens, ", q.sizes[0]);
+  for (int64_t row = 0; row < a.rows; row++) {
+    const int64_t tokens = static_cast<int64_t>(a.query_start[row + 1]) - a.query_start[row];
+    if (tokens < 0) refuse(op, "query_start falls at row ", row);
+    if (a.seq_lens[row] < tokens) refuse(op, "row ", row, " has more tokens than its sequence");
+    if (a.seq_lens[row] > a.max_blocks * a.block_size)
+      refuse(op, "row ", row, " is longer than its block table");
+  }
+  if (alibi_slopes_.has_value()) {
+    const View slopes(op, "alibi_slopes", *alibi_slopes_);
+    slopes.rank(1).size(0, a.q_heads).typed(aoti_torch_dtype_float32(), "float32").dense_from(0);
+    a.alibi_slopes = static_cast<const float*>(slopes.data);
+  }
+  if (window < 0) refuse(op, "window must not be negative");
+  a.q = q.data;
+  a.out = out.data;
+  a.k_cache = k_cache.data;
+  a.v_cache = v_cache.data;
+  a.q_token = q.strides[0];
+  a.q_head = q.strides[1];
+  a.window = window;
+  a.scale = static_cast<float>(scale);
+  a.softcap = static_cast<float>(softcap);
+  a.dtype = q.storage();
+  check(op, table(op).attention(a, threads()));
+}
+
+void gated(const Tensor& x_, int64_t activation, const Tensor& out_) {
+  const char* op = "gated";
+  const View x(op, "x", x_), out(op, "out", out_);
+  aserve::GatedArgs a = {};
+  a.x_rows = rows_of(x);
+  a.size = x.sizes[x.dims - 1] / 2;
+  if (2 * a.size != x.sizes[x.dims - 1]) refuse(op, "the last dimension of x must be even");
+  out.rank(x.dims).size(x.dims - 1, a.size).dense_from(0);
+  for (int64_t d = 0; d + 1 < x.dims; d++) out.size(d, x.sizes[d]);
+  check_same_type(x, out);
+  if (activation < 0 || activation > 2) refuse(op, "unknown activation ", activation);
+  a.x = x.data;
+  a.out = out.data;
+  a.dtype = x.storage();
+  table(op).gated(a, static_cast<aserve::Activation>(activation), threads());
+}
+
+void copy_blocks(const Tensor& cache_, const Tensor& pairs_) {
+  const char* op = "copy_blocks";
+  const View cache(op, "cache", cache_), pairs(op, "pairs", pairs_);
+  if (cache.dims < 2) refuse(op, "cache must have blocks of at least one dimension");
+  cache.dense_from(1);
+  pairs.rank(2).size(1, 2).typed(aoti_torch_dtype_int64(), "int64").dense_from(0);
+  aserve::CopyArgs a = {};
+  a.cache = cache.data;
+  a.pairs = static_cast<const int64_t*>(pairs.data);
+  a.count = pairs.sizes[0];
+  a.num_blocks = cache.sizes[0];
+  a.block_bytes = cache.element_bytes();
+  for (int64_t d = 1; d < cache.dims; d++) a.block_bytes *= cache.sizes[d];
+  a.block_stride = cache.strides[0] * cache.element_bytes();
+  check(op, aserve::copy_blocks(a));
+}
+
+void greedy_logprob(const Tensor& logits_, const Tensor& token_, const Tensor& logprob_) {
+  const char* op = "greedy_logprob";
+  const View logits(op, "logits", logits_), token(op, "token", token_), logprob(op, "logprob", logprob_);
+  aserve::LogprobArgs a = {};
+  logits.rank(2).dense_from(1);
+  a.rows = logits.sizes[0];
+  a.size = logits.sizes[1];
+  if (a.size < 1) refuse(op, "logits must have a column");
+  token.rank(1).size(0, a.rows).typed(aoti_torch_dtype_int64(), "int64").dense_from(0);
+  logprob.rank(1).size(0, a.rows).typed(aoti_torch_dtype_float32(), "float32").dense_from(0);
+  a.logits = logits.data;
+  a.token = static_cast<int64_t*>(token.data);
+  a.logprob = static_cast<float*>(logprob.data);
+  a.stride = logits.strides[0];
+  a.dtype = logits.storage();
+  table(op).greedy_logprob(a, threads());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(aserve, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()");
+  m.def(
+      "fused_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, Tensor(a!) out, "
+      "Tensor(b!) total) -> ()");
+  m.def(
+      "rotary_embedding(Tensor q, Tensor k, Tensor positions, Tensor cos_sin, bool interleaved, "
+      "Tensor(a!) q_out, Tensor(b!) k_out) -> ()");
+  m.def(
+      "rope_and_store(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor cos_sin, bool interleaved, "
+      "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, Tensor(c!) q_out) -> ()");
+  m.def("store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()");
+  m.def(
+      "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor query_start, Tensor seq_lens, "
+      "Tensor block_tables, float scale, int window, float softcap, Tensor? alibi_slopes, "
+      "Tensor(a!) out) -> ()");
+  m.def("gated(Tensor x, int activation, Tensor(a!) out) -> ()");
+  m.def("copy_blocks(Tensor(a!) cache, Tensor pairs) -> ()");
+  m.def("greedy_logprob(Tensor logits, Tensor(a!) token, Tensor(b!) logprob) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aserve, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("fused_add_rms_norm", TORCH_BOX(&fused_add_rms_norm));
+  m.impl("rotary_embedding", TORCH_BOX(&rotary_embedding));
+  m.impl("rope_and_store", TORCH_BOX(&rope_and_store));
+  m.impl("store_kv", TORCH_BOX(&store_kv));
+  m.impl("paged_attention", TORCH_BOX(&paged_attention));
+  m.impl("gated", TORCH_BOX(&gated));
+  m.impl("copy_blocks", TORCH_BOX(&copy_blocks));
+  m.impl("greedy_logprob", TORCH_BOX(&greedy_logprob));
+}

@@ -1,0 +1,29 @@
+// The kernels at the level "avx2". Compiled with that level's flags, entered only where cpuid shows it.
+//
+// Hazard: an inline function or template with external linkage compiled here may be the copy the
+// linker keeps for the whole library, and would then run on a CPU without this level. So everything
+// below lives in an anonymous namespace and nothing of the C++ library's templates is included.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace aserve {
+namespace {
+
+#include "types.inl"
+
+#include "simd_avx2.h"
+
+#include "maths.inl"
+
+#include "elementwise.inl"
+
+#include "attention.inl"
+
+constexpr Kernels table = {"avx2", norm, rotary, store_kv, attention, gated, greedy_logprob};
+
+}  // namespace
+
+const Kernels* avx2_kernels() { return &table; }
+
+}  // namespace aserve

@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Builds the native extension in place: ``python setup_ext.py``.
+
+Run it with the interpreter that runs aserve, after torch is installed there: the binding needs torch's
+headers and libraries (its stable ABI only, so one build serves every later torch). Writes
+``aserve/_lib/libaserve_cpu.so`` and ``aserve/_lib/build.json``. Nothing is downloaded or installed.
+
+Exit status: 0 built or up to date; 3 nothing can be built here (aserve then runs on its torch references);
+1 the compiler or the check failed; 2 wrong usage.
+
+Environment: ``ASERVE_NO_EXT=1`` builds nothing; ``MAX_JOBS`` is the default of ``--jobs``; ``CXX`` names
+the C++ compiler (g++ or clang++).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "cuda_ext"
+LIBRARY_DIR = ROOT / "aserve" / "_lib"
+OBJECT_DIR = ROOT / "build" / "ext"
+ALLOWED_SYMBOLS = SOURCES / "stable_symbols.txt"
+
+BUILT, FAILED, NOTHING = 0, 1, 3
+
+# The oldest torch the library must load in: 2.11, as torch's own version headers encode it.
+TORCH_TARGET = "0x020b000000000000ULL"
+
+COMMON_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# Products and sums are fused where the source says so and nowhere else: a kernel's paths must agree.
+KERNEL_FLAGS = [
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wno-unused-function",
+    "-Wno-maybe-uninitialized",
+]
+LEVEL_FLAGS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+    ],
+}
+
+
+class NothingToBuildError(Exception):
+    """This machine or environment cannot build; the message says why."""
+
+
+class BuildError(Exception):
+    """The compiler, the linker or the check refused; the message is its output."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    compiler: str
+    version: str
+    torch: Path
+    torch_version: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    source: Path
+    flags: tuple[str, ...]
+
+
+def find_toolchain() -> Toolchain:
+    if os.environ.get("ASERVE_NO_EXT") == "1":
+        raise NothingToBuildError("ASERVE_NO_EXT=1 is set")
+    machine = platform.machine()
+    if machine not in ("x86_64", "AMD64") or not sys.platform.startswith("linux"):
+        raise NothingToBuildError(
+            f"there are native kernels for x86-64 Linux only, this is {sys.platform} {machine}"
+        )
+    named = os.environ.get("CXX")
+    found = shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        raise NothingToBuildError(f"no C++ compiler: {named or 'neither g++ nor clang++'} is not on the path")
+    torch, torch_version = find_torch()
+    version = subprocess.run(
+        [found, "--version"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()[0]
+    return Toolchain(found, version, torch, torch_version)
+
+
+def find_torch() -> tuple[Path, str]:
+    """The directory and version of this interpreter's torch, without the seconds of importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise NothingToBuildError(
+            f"torch is not installed for {sys.executable}; install it, then run this again"
+        )
+    directory = Path(spec.origin).parent
+    match = re.search(r"__version__\s*=\s*['\"]([^'\"]+)", (directory / "version.py").read_text())
+    if match is None:
+        raise NothingToBuildError(f"cannot read torch's version in {directory}")
+    major, minor = (int(part) for part in match[1].split(".")[:2])
+    if (major, minor) < (2, 11):
+        raise NothingToBuildError(f"torch 2.11 or later is needed, {match[1]} is installed")
+    return directory, match[1]
+
+
+def units(tools: Toolchain) -> list[Unit]:
+    cpu = SOURCES / "cpu"
+    levels = [
+        Unit(cpu / f"isa_{level}.cpp", tuple(COMMON_FLAGS + KERNEL_FLAGS + flags))
+        for level, flags in LEVEL_FLAGS.items()
+    ]
+    plain = tuple([*COMMON_FLAGS, "-O2"])
+    include = str(tools.torch / "include")
+    binding = (*plain, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", include)
+    return [
+        *levels,
+        Unit(SOURCES / "bind_cpu.cpp", binding),
+        Unit(cpu / "dispatch.cpp", plain),
+        Unit(cpu / "copy.cpp", plain),
+    ]
+
+
+def link_flags(tools: Toolchain) -> list[str]:
+    # The torch libraries are already loaded when this one is, so no path to them is recorded. Without
+    # naming libtorch_cpu its symbols would not be found: Python loads torch's libraries locally.
+    libraries = ["-Wl,--no-as-needed", f"-L{tools.torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    return ["-shared", "-Wl,-z,defs", *libraries, "-lm"]
+
+
+def digest(*parts: str | bytes) -> str:
+    total = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        total.update(len(data).to_bytes(8, "little") + data)
+    return total.hexdigest()
+
+
+def headers_digest() -> str:
+    files = sorted(p for p in SOURCES.rglob("*") if p.suffix in (".h", ".inl"))
+    return digest(*(part for p in files for part in (p.name, p.read_bytes())))
+
+
+def compile_unit(tools: Toolchain, unit: Unit, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f"{target.name}.{os.getpid()}")
+    run([tools.compiler, *unit.flags, "-c", str(unit.source), "-o", str(aside)])
+    aside.replace(target)
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    if done.stderr:
+        print(done.stderr, file=sys.stderr, end="")
+    return done.stdout
+
+
+def build(jobs: int) -> Path:
+    """Compiles what changed and links. Returns the library's path."""
+    tools = find_toolchain()
+    headers = headers_digest()
+    objects: dict[Path, Unit] = {}
+    for unit in units(tools):
+        key = digest(unit.source.read_bytes(), headers, *unit.flags, tools.version, tools.torch_version)
+        objects[OBJECT_DIR / f"{unit.source.stem}-{key[:20]}.o"] = unit
+    link = link_flags(tools)
+    state = {
+        "objects": sorted(path.name for path in objects),
+        "link": link,
+        "compiler": tools.version,
+        "torch": tools.torch_version,
+        "torch_target": TORCH_TARGET,
+        "levels": list(LEVEL_FLAGS),
+    }
+    library, record = LIBRARY_DIR / "libaserve_cpu.so", LIBRARY_DIR / "build.json"
+    if library.exists() and record.exists() and json.loads(record.read_text()).get("cpu") == state:
+        print(f"{library.relative_to(ROOT)} is up to date")
+        return library
+    missing = [(path, unit) for path, unit in objects.items() if not path.exists()]
+    started = time.monotonic()
+    with ThreadPoolExecutor(max(1, min(jobs, len(missing)))) as pool:
+        list(pool.map(lambda item: compile_unit(tools, item[1], item[0]), missing))
+    LIBRARY_DIR.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=LIBRARY_DIR) as aside:
+        fresh = Path(aside) / library.name
+        run([tools.compiler, "-o", str(fresh), *(str(path) for path in objects), *link])
+        fresh.replace(library)
+        fresh_record = Path(aside) / record.name
+        fresh_record.write_text(json.dumps({"cpu": state}, indent=2) + "\n")
+        fresh_record.replace(record)
+    seconds = time.monotonic() - started
+    print(f"built {library.relative_to(ROOT)} ({len(missing)} files compiled, {seconds:.1f} s)")
+    return library
+
+
+def check(library: Path) -> None:
+    """Refuses a library that needs anything of torch but the listed stable-ABI functions."""
+    allowed = {line for line in ALLOWED_SYMBOLS.read_text().split("\n") if line and not line.startswith("#")}
+    listing = run(["nm", "-D", "--undefined-only", str(library)])
+    needed = {line.split()[-1].split("@")[0] for line in listing.splitlines() if line.strip()}
+    of_torch = {s for s in needed if s.startswith(("torch_", "aoti_"))}
+    # Names mangled in torch's C++ namespaces, which have no stable ABI.
+    unstable = {s for s in needed if re.match(r"_Z.*(2at|3c10|5torch|5caffe2)\d", s)}
+    strays = sorted((of_torch - allowed) | unstable)
+    if strays:
+        raise BuildError("symbols outside torch's 2.11 stable ABI: " + ", ".join(strays))
+    print(f"{library.name}: {len(of_torch)} torch symbols, all of the 2.11 stable ABI")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--target", choices=["auto", "cpu"], default="auto", help="what to build (default: auto)"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1),
+        help="compilers at a time (default: MAX_JOBS, else one a core)",
+    )
+    parser.add_argument("--check", action="store_true", help="then check the library's torch symbols")
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    try:
+        library = build(options.jobs)
+        if options.check:
+            check(library)
+    except NothingToBuildError as reason:
+        print(f"setup_ext: nothing built: {reason}", file=sys.stderr)
+        return NOTHING
+    except BuildError as error:
+        print(f"setup_ext: {error}", file=sys.stderr)
+        return FAILED
+    return BUILT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
