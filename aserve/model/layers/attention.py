@@ -37,9 +37,10 @@ class PagedAttention:
         meta: AttentionMetadata,
     ) -> torch.Tensor:
         """q ``[T, Hq, D]``, k and v ``[T, Hkv, D]``; returns ``[T, Hq * D]``."""
-        if self.rotary is not None:
-            q, k = self.rotary.apply(q, k, positions)
-        ops.store_kv(k, v, cache, meta.slot_mapping)
+        if self.rotary is None:
+            ops.store_kv(k, v, cache, meta.slot_mapping)
+        else:
+            q = ops.rope_and_store(q, k, v, positions, self.rotary.cos_sin, cache, meta.slot_mapping)
         out = ops.paged_attention(q, cache, meta, self.scale, window=self.window, softcap=self.softcap)
         return out.reshape(q.shape[0], self.num_heads * self.head_size)
 
