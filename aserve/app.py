@@ -27,6 +27,7 @@ from aserve.config.server import ServerArgs
 from aserve.errors import ConfigError
 from aserve.server import pipelining
 from aserve.server.app import create_app
+from aserve.server.cli import announce
 
 ARGS_VARIABLE = "ASERVE_ARGS"
 
@@ -78,6 +79,7 @@ def make_app() -> object:
     argv = shlex.split(os.environ.get(ARGS_VARIABLE, ""))
     engine_args, server_args = parse_serve_args(argv, prog=ARGS_VARIABLE)
     log.setup(server_args.log_level)
+    announce(server_args, engine_args)
     warn_of_hypercorns(server_args)
     return create_app(engine_args, server_args)
 

@@ -104,6 +104,9 @@ class ServerArgs:
     drain_timeout: float = arg(
         30.0, group=_SERVER, help="Seconds that running requests get to finish at shutdown."
     )
+    max_body_size: int = arg(
+        16 * 1024 * 1024, group=_SERVER, help="Most bytes of a request body; larger ones are answered 413."
+    )
 
     def take_environment(self) -> None:
         """Replaces the API keys by the one in the environment, if there is one."""
@@ -127,6 +130,10 @@ class ServerArgs:
         if not 0 <= self.drain_timeout < float("inf"):
             raise ConfigError(
                 f"drain_timeout must be seconds from 0, got {self.drain_timeout}", param="drain_timeout"
+            )
+        if self.max_body_size < 1:
+            raise ConfigError(
+                f"max_body_size must be at least 1, got {self.max_body_size}", param="max_body_size"
             )
         if self.root_path is not None:
             self.root_path = self.root_path.rstrip("/") or None

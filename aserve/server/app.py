@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 16 * 1024 * 1024
 BLUEPRINTS = (ops_api, models, completions, chat, tokenization)
 
 
@@ -83,7 +82,6 @@ def create_app(
     engine: AsyncLLMEngine | None = None,
     *,
     on_fatal: Callable[[], None] | None = None,
-    max_body_bytes: int = MAX_BODY_BYTES,
 ) -> Quart:
     """Builds the application.
 
@@ -91,12 +89,11 @@ def create_app(
     weights are loaded while the port is already open, and it is stopped after the last request.
 
     on_fatal: called if the engine cannot be loaded; by default the process ends with status 1.
-    max_body_bytes: larger request bodies are answered 413.
 
     Raises ConfigError for server settings that cannot work.
     """
     app = App("aserve")
-    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes
+    app.config["MAX_CONTENT_LENGTH"] = server_args.max_body_size
     app.config["APPLICATION_ROOT_PATH"] = server_args.root_path or ""
     # Doubled slashes are merged before routing (Connection); a redirect would lose a POST's body.
     app.url_map.merge_slashes = False

@@ -41,15 +41,20 @@ def serve(argv: list[str]) -> int:
     try:
         engine_args, server_args = parse_serve_args(argv)
         log.setup(server_args.log_level)
-        logger.info("aserve %s", aserve.__version__)
-        logger.info("%s", shown(server_args))
-        logger.info("%s", shown(engine_args))
+        announce(server_args, engine_args)
         from aserve.server.serve import run  # imports torch: not before the arguments are known to parse
 
         return run(engine_args, server_args)
     except ConfigError as error:
         print(f"aserve: {error}", file=sys.stderr)
         return 2
+
+
+def announce(*settings: Any) -> None:
+    """Logs the version and the effective settings."""
+    logger.info("aserve %s", aserve.__version__)
+    for each in settings:
+        logger.info("%s", shown(each))
 
 
 def shown(args: Any) -> str:

@@ -82,7 +82,7 @@ def _http_error(error: HTTPException) -> Any:
 
 
 async def _on_aserve_error(error: AserveError) -> Any:
-    if error.status >= 500:
+    if error.status == 500:
         logger.error("request failed: %s", error.message)
     return respond(error)
 

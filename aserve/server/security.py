@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import importlib
 import inspect
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 View = TypeVar("View", bound=Callable[..., Any])
 CallNext = Callable[[Request], Awaitable[Response]]
 HttpMiddleware = Callable[[Request, CallNext], Awaitable[Any]]
+
+logger = logging.getLogger(__name__)
 
 PREFLIGHT_SECONDS = "600"
 _ALL_METHODS = "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT"
@@ -77,6 +80,8 @@ class Cors:
         self._methods = {method.upper() for method in args.allowed_methods}
         self._headers = {header.lower() for header in args.allowed_headers}
         self._credentials = args.allow_credentials
+        if self._credentials and "*" in self._origins:
+            logger.warning("every origin may send credentials; name the origins with --allowed-origins")
 
     def allows(self, origin: str) -> bool:
         return "*" in self._origins or origin in self._origins

@@ -107,6 +107,7 @@ SERVER: dict[str, Any] = {
     "root_path": None,
     "middleware": [],
     "drain_timeout": 30.0,
+    "max_body_size": 16 * 1024 * 1024,
 }
 CHOICES: dict[str, list[Any]] = {
     "--log-level": ["debug", "info", "warning", "error", "critical", "trace"],

@@ -117,6 +117,7 @@ SERVER_FLAGS: list[tuple[str, list[str], Any]] = [
     ("root_path", ["/llm/"], "/llm"),
     ("middleware", ["a.b"], ["a.b"]),
     ("drain_timeout", ["1.5"], 1.5),
+    ("max_body_size", ["1000"], 1000),
 ]
 TLS_FLAGS = {"ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs"}
 
@@ -289,6 +290,7 @@ def test_api_key_from_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> N
         (["--port", "-1"], "port"),
         (["--drain-timeout", "-1"], "drain_timeout"),
         (["--drain-timeout", "nan"], "drain_timeout"),
+        (["--max-body-size", "0"], "max_body_size"),
         (["--root-path", "llm"], "root_path"),
         (["--middleware", "nodots"], "middleware"),
         (["--ssl-certfile", "/no/such"], "ssl_certfile"),

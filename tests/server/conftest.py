@@ -27,7 +27,7 @@ def server_args(**values: Any) -> ServerArgs:
 
 
 def make_app(engine: FakeEngine, **values: Any) -> Quart:
-    extra = {key: values.pop(key) for key in ("on_fatal", "max_body_bytes") if key in values}
+    extra = {key: values.pop(key) for key in ("on_fatal",) if key in values}
     return create_app(None, server_args(**values), engine, **extra)  # type: ignore[arg-type]
 
 

@@ -80,7 +80,7 @@ async def test_unknown_path_and_wrong_method(client: Any) -> None:
 
 
 async def test_too_large_a_body(engine: FakeEngine) -> None:
-    app = make_app(engine, max_body_bytes=100)
+    app = make_app(engine, max_body_size=100)
     async with app.test_app():
         client = app.test_client()
         assert (await client.post(URL, json=BODY)).status_code == 200

@@ -18,6 +18,7 @@ KEYED = {
     "/v1/models/<path:name>",
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/embeddings",
     "/tokenize",
     "/detokenize",
 }

@@ -59,7 +59,7 @@ def split(prompt: Any) -> list[str] | list[list[int]]:
 
 
 def _all_ints(items: list[Any]) -> bool:
-    return all(type(item) is int for item in items)  # and not isinstance: True is no token id
+    return set(map(type, items)) <= {int}  # exactly int: True is no token id
 
 
 async def tokenise(
@@ -75,12 +75,13 @@ async def tokenise(
         ids = await engine.encode_prompt(item, add_special_tokens)
         text: str | None = item
     else:
-        check_token_ids(item, engine.model_config.vocab_size, "prompt")
         ids, text = item, None
     if truncate is not None and len(ids) > truncate:
         ids, text = ids[-truncate:], None
     if not ids:
         raise InvalidRequestError("prompt holds no tokens", param="prompt")
+    if not isinstance(item, str):
+        check_token_ids(ids, engine.model_config.vocab_size, "prompt")
     if text is None and want_text:
         text = (await tokenizer_of(engine)).decode(ids)
     return Prompt(text, ids)

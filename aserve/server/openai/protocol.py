@@ -192,6 +192,12 @@ class ChatBody(SamplingBody):
         raise InvalidRequestError(f"{param}: calling tools is not supported yet", param=param)
 
 
+class ModelBody(Body):
+    """A body of which only the model's name is looked at."""
+
+    model: str
+
+
 class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
@@ -226,7 +232,8 @@ async def read(kind: type[Parsed]) -> Parsed:
         body = kind.model_validate(values)
     except ValidationError as error:
         raise describe(error) from None
-    service().note_unknown_fields(values.keys() - kind.model_fields.keys())
+    if kind is not ModelBody:
+        service().note_unknown_fields(values.keys() - kind.model_fields.keys())
     return body
 
 
