@@ -1,1 +1,1 @@
-
+"""From logits to tokens: penalties, truncation, the draw, log-probabilities."""

@@ -1,0 +1,327 @@
+"""Draws tokens for the rows of a step."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import logging
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from aserve.messages.params import LogitsProcessor, SamplingParams, SamplingType
+from aserve.messages.step import SampleLogprobs
+from aserve.sampling.penalties import PenaltyRows
+from aserve.sampling.rng import uniforms
+from aserve.sampling.truncation import truncate
+
+logger = logging.getLogger(__name__)
+
+_NONE = float("-inf")
+_MASK64 = (1 << 64) - 1
+
+
+class _Needs(enum.IntFlag):
+    """What a slot's rows need besides an argmax."""
+
+    DRAW = 1
+    TRUNCATION = 2
+    PENALTIES = 4
+    PROCESSORS = 8
+    MIN_TOKENS = 16
+    LOGPROBS = 32
+
+
+@dataclass(slots=True)
+class Sampled:
+    """Drawn tokens, int64 ``[S]``, and their log-probabilities, float32 ``[S]``.
+
+    details, failed: as in StepResult, by index into the samples.
+    """
+
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor
+    details: dict[int, SampleLogprobs] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Row:
+    """The parts of a slot's state that are Python objects."""
+
+    params: SamplingParams
+    prompt: list[int]
+    output: list[int]
+    processors: list[tuple[LogitsProcessor, bool]]
+    banned: torch.Tensor | None
+    """Tokens that may not be drawn before ``min_tokens``."""
+
+
+class SamplerState:
+    """Sampling parameters and history of every slot.
+
+    The order of operations on a row: logit bias and logits processors, the mask of ``min_tokens``,
+    repetition, frequency and presence penalties, temperature, top-k, top-p, min-p, softmax in float32,
+    the draw. Returned log-probabilities come from that softmax.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+        self._rows: dict[int, _Row] = {}
+        self._penalties = PenaltyRows(vocab_size, device)
+        self._needs = np.zeros(num_slots, dtype=np.int64)
+        self._temperature = np.ones(num_slots, dtype=np.float32)
+        self._top_k = np.full(num_slots, vocab_size, dtype=np.int64)
+        self._top_p = np.ones(num_slots, dtype=np.float64)
+        self._min_p = np.zeros(num_slots, dtype=np.float64)
+        self._min_tokens = np.zeros(num_slots, dtype=np.int64)
+        self._num_output = np.zeros(num_slots, dtype=np.int64)
+        self._seeds = np.zeros(num_slots, dtype=np.uint64)
+
+    # ---------------------------------------------------------------- slots
+
+    def add(
+        self,
+        slot: int,
+        params: SamplingParams,
+        rng_seed: int,
+        prompt_token_ids: list[int],
+        output_token_ids: list[int],
+        eos_token_id: int | None,
+    ) -> None:
+        """Gives ``slot`` to a sequence; ``output_token_ids`` is what it had drawn before a preemption."""
+        needs = 0
+        greedy = params.sampling_type is SamplingType.GREEDY
+        if not greedy:
+            needs |= _Needs.DRAW
+        top_k = self.vocab_size if params.top_k < 0 else min(params.top_k, self.vocab_size)
+        if top_k < self.vocab_size or params.top_p < 1.0 or params.min_p > 0.0:
+            needs |= _Needs.TRUNCATION
+        penalised = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (
+            1,
+            0,
+            0,
+        )
+        if penalised:
+            needs |= _Needs.PENALTIES
+            self._penalties.add(slot, params, prompt_token_ids, output_token_ids)
+        else:
+            self._penalties.drop(slot)
+        processors = [(each, _takes_prompt(each)) for each in params.logits_processors or ()]
+        if processors or params.logit_bias:
+            needs |= _Needs.PROCESSORS
+        banned = None
+        if params.min_tokens:
+            ids = {*(params.stop_token_ids or ()), eos_token_id} - {None}
+            usable = sorted(i for i in ids if i is not None and 0 <= i < self.vocab_size)
+            if usable:
+                needs |= _Needs.MIN_TOKENS
+                banned = torch.tensor(usable, device=self.device)
+        if params.logprobs is not None:
+            needs |= _Needs.LOGPROBS
+        self._rows[slot] = _Row(
+            params, prompt_token_ids, list(output_token_ids) if processors else [], processors, banned
+        )
+        self._needs[slot] = needs
+        self._temperature[slot] = 1.0 if greedy else params.temperature
+        self._top_k[slot] = top_k
+        self._top_p[slot] = params.top_p
+        self._min_p[slot] = params.min_p
+        self._min_tokens[slot] = params.min_tokens
+        self._num_output[slot] = len(output_token_ids)
+        self._seeds[slot] = rng_seed & _MASK64
+
+    def fork(self, slot: int, parent_slot: int, rng_seed: int) -> None:
+        """Makes ``slot`` a copy of ``parent_slot``, outputs included, with draws of its own."""
+        parent = self._rows[parent_slot]
+        self._rows[slot] = _Row(
+            parent.params, parent.prompt, list(parent.output), parent.processors, parent.banned
+        )
+        self._penalties.fork(slot, parent_slot)
+        for column in (
+            self._needs,
+            self._temperature,
+            self._top_k,
+            self._top_p,
+            self._min_p,
+            self._min_tokens,
+            self._num_output,
+        ):
+            column[slot] = column[parent_slot]
+        self._seeds[slot] = rng_seed & _MASK64
+
+    # ---------------------------------------------------------------- drawing
+
+    def sample(self, logits: torch.Tensor, rows: list[int], slots: list[int]) -> Sampled:
+        """Draws one token for each slot from its row of ``logits``.
+
+        logits: float32 ``[R, V]``, may be overwritten. rows, slots: parallel, ``[S]``; a row may be named
+        more than once. A row whose logits are not finite, or whose processor fails, is reported in
+        ``failed`` and does not affect the others.
+        """
+        index = np.array(slots)
+        needs = self._needs[index]
+        if rows != list(range(logits.shape[0])):
+            logits = logits[torch.tensor(rows, device=logits.device)]
+        failed: dict[int, str] = {}
+        every = int(np.bitwise_or.reduce(needs))
+        if every & (_Needs.PROCESSORS | _Needs.MIN_TOKENS | _Needs.PENALTIES):
+            self._edit(logits, needs, slots, failed)
+        scores = logits
+        if every & _Needs.DRAW:
+            temperature = torch.from_numpy(self._temperature[index]).to(logits.device)
+            scores = logits.div_(temperature.unsqueeze(1))
+        highest, token_ids = scores.max(-1)
+        finite = torch.isfinite(highest)
+        if not bool(finite.all()):
+            for i in torch.nonzero(~finite).flatten().tolist():
+                failed.setdefault(i, _why_not_finite(float(highest[i])))
+                scores[i] = 0.0  # any finite row: what is drawn from it is thrown away
+            highest, token_ids = scores.max(-1)
+        if every & _Needs.TRUNCATION:
+            picked = np.flatnonzero(needs & _Needs.TRUNCATION)
+            part = scores[torch.from_numpy(picked).to(scores.device)]
+            chosen = index[picked]
+            truncate(part, self._top_k[chosen], self._top_p[chosen], self._min_p[chosen])
+            scores[torch.from_numpy(picked).to(scores.device)] = part
+        normaliser = scores.logsumexp(-1)
+        if every & _Needs.DRAW:
+            picked = np.flatnonzero(needs & _Needs.DRAW)
+            where = torch.from_numpy(picked).to(scores.device)
+            chosen = index[picked]
+            u = torch.from_numpy(uniforms(self._seeds[chosen], self._num_output[chosen])).to(scores.device)
+            all_draw = len(picked) == len(slots)
+            part = scores if all_draw else scores[where]
+            base = normaliser if all_draw else normaliser[where]
+            token_ids[where] = _inverse_cdf(part, base, u)
+        logprobs = scores.gather(1, token_ids.unsqueeze(1)).squeeze(1) - normaliser
+        details = {}
+        if every & _Needs.LOGPROBS:
+            wanted = np.flatnonzero(needs & _Needs.LOGPROBS).tolist()
+            counts = [self._rows[slots[i]].params.logprobs or 0 for i in wanted]
+            entries = _details(scores, normaliser, token_ids, logprobs, wanted, counts)
+            details = dict(zip(wanted, entries, strict=True))
+        self._remember(needs, slots, index, token_ids)
+        return Sampled(token_ids, logprobs, details, failed)
+
+    def prompt_logprobs(
+        self, logits: torch.Tensor, token_ids: torch.Tensor, slot: int
+    ) -> list[SampleLogprobs]:
+        """Log-probabilities of given tokens: logits float32 ``[P, V]``, token_ids int64 ``[P]``.
+
+        Temperature and truncation of the slot apply, penalties and processors do not.
+        """
+        count = logits.shape[0]
+        scores = logits / float(self._temperature[slot])
+        if self._needs[slot] & _Needs.TRUNCATION:
+            truncate(
+                scores,
+                np.full(count, self._top_k[slot]),
+                np.full(count, self._top_p[slot]),
+                np.full(count, self._min_p[slot]),
+            )
+        normaliser = scores.logsumexp(-1)
+        logprobs = scores.gather(1, token_ids.unsqueeze(1)).squeeze(1) - normaliser
+        top = self._rows[slot].params.prompt_logprobs or 0
+        return _details(scores, normaliser, token_ids, logprobs, list(range(count)), [top] * count)
+
+    # ---------------------------------------------------------------- parts
+
+    def _edit(
+        self, logits: torch.Tensor, needs: np.ndarray, slots: list[int], failed: dict[int, str]
+    ) -> None:
+        """Bias, processors, the mask of min_tokens and penalties, in place."""
+        for i in np.flatnonzero(needs & _Needs.PROCESSORS).tolist():
+            try:
+                logits[i] = self._process(logits[i], self._rows[slots[i]])
+            except Exception as error:  # whatever a caller's processor does must stay in its own row
+                logger.warning("a logits processor failed", exc_info=error)
+                failed[i] = f"a logits processor failed ({type(error).__name__}: {error})"
+                logits[i] = 0.0
+        for i in np.flatnonzero(needs & _Needs.MIN_TOKENS).tolist():
+            slot = slots[i]
+            if self._num_output[slot] < self._min_tokens[slot]:
+                logits[i, self._rows[slot].banned] = _NONE
+        penalised = np.flatnonzero(needs & _Needs.PENALTIES).tolist()
+        if penalised:
+            self._penalties.apply(logits, penalised, [slots[i] for i in penalised])
+
+    def _process(self, row: torch.Tensor, state: _Row) -> torch.Tensor:
+        row = row.clone()
+        if state.params.logit_bias:
+            ids = torch.tensor(list(state.params.logit_bias), device=row.device)
+            row[ids] += torch.tensor(list(state.params.logit_bias.values()), device=row.device)
+        for processor, takes_prompt in state.processors:
+            output = list(state.output)
+            result = processor(list(state.prompt), output, row) if takes_prompt else processor(output, row)
+            if not isinstance(result, torch.Tensor) or result.shape != row.shape:
+                raise TypeError("it must return the row of logits it was given, or one of the same shape")
+            row = result.to(torch.float32)
+        return row
+
+    def _remember(
+        self, needs: np.ndarray, slots: list[int], index: np.ndarray, token_ids: torch.Tensor
+    ) -> None:
+        self._num_output[index] += 1
+        tracked = np.flatnonzero(needs & (_Needs.PENALTIES | _Needs.PROCESSORS)).tolist()
+        if not tracked:
+            return
+        tokens = token_ids.tolist()
+        for i in tracked:
+            if needs[i] & _Needs.PENALTIES:
+                self._penalties.count(slots[i], tokens[i])
+            row = self._rows[slots[i]]
+            if row.processors:
+                row.output.append(tokens[i])
+
+
+def _inverse_cdf(scores: torch.Tensor, normaliser: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The first token whose cumulative probability exceeds ``u`` (float64 ``[R]``): never one of zero."""
+    cumulative = (scores - normaliser.unsqueeze(1)).exp_().cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1]
+    # Rounding must not carry the target to the very end, where a token of no probability may stand.
+    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1)
+
+
+def _details(
+    scores: torch.Tensor,
+    normaliser: torch.Tensor,
+    token_ids: torch.Tensor,
+    logprobs: torch.Tensor,
+    rows: list[int],
+    counts: list[int],
+) -> list[SampleLogprobs]:
+    """Rank of the chosen token and the ``counts[i]`` likeliest, for each of ``rows``."""
+    index = torch.tensor(rows, device=scores.device)
+    picked = scores if len(rows) == scores.shape[0] else scores[index]
+    chosen = picked.gather(1, token_ids[index].unsqueeze(1))
+    ranks = ((picked > chosen).sum(-1) + 1).tolist()
+    own = logprobs[index].tolist()
+    width = min(max(counts), picked.shape[1])
+    top_ids: list[list[int]] = [[] for _ in rows]
+    top_values: list[list[float]] = [[] for _ in rows]
+    if width:
+        values, ids = picked.topk(width, dim=-1)
+        top_ids = ids.tolist()
+        top_values = (values - normaliser[index].unsqueeze(1)).tolist()
+    return [
+        SampleLogprobs(own[i], ranks[i], top_ids[i][:count], top_values[i][:count])
+        for i, count in enumerate(counts)
+    ]
+
+
+def _takes_prompt(processor: LogitsProcessor) -> bool:
+    """Whether a processor is called with the prompt's ids before the output's."""
+    try:
+        return len(inspect.signature(processor).parameters) == 3
+    except (TypeError, ValueError):  # a builtin without a signature
+        return False
+
+
+def _why_not_finite(highest: float) -> str:
+    if highest == _NONE:
+        return "no token is allowed"
+    return "the model's logits are not finite"
