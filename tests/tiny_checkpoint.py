@@ -1,4 +1,4 @@
-"""A complete tiny checkpoint: Llama config, byte-level tokenizer and chat template, no weights."""
+"""A complete tiny checkpoint: Llama config, byte-level tokenizer, chat template, random weights if wanted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEMPLATE = (
 )
 
 
-def write(folder: Path, *, max_position_embeddings: int = 128) -> Path:
+def write(folder: Path, *, max_position_embeddings: int = 128, weights: bool = False) -> Path:
     """Writes the checkpoint; every byte is one token, so any token ids make text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
@@ -42,5 +42,13 @@ def write(folder: Path, *, max_position_embeddings: int = 128) -> Path:
         "eos_token_id": 2,
         "torch_dtype": "float32",
     }
+    if weights:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(7)
+        # Wider than the usual 0.02, so that the likeliest token is likeliest by a clear margin.
+        model = LlamaForCausalLM(LlamaConfig(**config, initializer_range=0.3))
+        model.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -152,6 +152,8 @@ class AsyncLLMEngine:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        # A cancelled task keeps its traceback, whose frames would keep the engine alive.
+        self._task = self._lag_watch = None
         if self.failed is None:
             self._die(EngineDeadError("the engine has been stopped"))
         if self.engine is not None:
