@@ -163,7 +163,8 @@ def test_deleting_it_frees_the_model_without_the_collector(checkpoint):
 
 def test_seeded_draws_do_not_depend_on_neighbours_or_preemption(checkpoint, llm):
     params = [SamplingParams(max_tokens=40, ignore_eos=True, seed=i) for i in range(len(PROMPTS))]
-    alone = [llm.generate(p, s, use_tqdm=False)[0].outputs[0].token_ids for p, s in zip(PROMPTS, params)]
+    pairs = zip(PROMPTS, params, strict=True)
+    alone = [llm.generate(p, s, use_tqdm=False)[0].outputs[0].token_ids for p, s in pairs]
     together = llm.generate(PROMPTS, params, use_tqdm=False)
     assert [output.outputs[0].token_ids for output in together] == alone
     with make(checkpoint, num_gpu_blocks_override=16) as tight:

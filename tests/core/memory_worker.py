@@ -77,9 +77,7 @@ class MemoryWorker:
             token = draw(prefixes[row], self.seeds[slot])
             self.tokens[slot] = self.tokens[slot][: plan.starts[row] + plan.counts[row]] + [token]
             drawn.append(token)
-        return StepResult(
-            plan.step_id, drawn, [-1.0] * len(drawn), prompt_logprobs=prompt_logprobs or None
-        )
+        return StepResult(plan.step_id, drawn, [-1.0] * len(drawn), prompt_logprobs=prompt_logprobs or None)
 
     def _cell(self, slot: int, position: int) -> tuple[list[int | None], int]:
         index, offset = divmod(position, self.block_size)

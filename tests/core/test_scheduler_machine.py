@@ -63,9 +63,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.names += 1
         self.now += 0.01
-        group = SequenceGroup(
-            f"r{self.names}", None, prompt, params, self.now, MAX_MODEL_LEN, rng_base=seed
-        )
+        group = SequenceGroup(f"r{self.names}", None, prompt, params, self.now, MAX_MODEL_LEN, rng_base=seed)
         if width > self.max_num_seqs:
             try:
                 self.scheduler.add(group)

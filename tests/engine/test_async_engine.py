@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import threading
 
 import pytest
@@ -49,7 +50,7 @@ async def test_three_kinds_of_output_agree(make_async, overlap, chunked):
     assert (whole.text, whole.token_ids) == (text, ids)
     last = cumulative[-1].outputs[0]
     assert (last.text, last.token_ids, last.finish_reason) == (text, ids, "length")
-    for before, after in zip(cumulative, cumulative[1:], strict=False):
+    for before, after in itertools.pairwise(cumulative):
         assert after.outputs[0].text.startswith(before.outputs[0].text)
         assert len(after.outputs[0].token_ids) > len(before.outputs[0].token_ids)
     assert final.prompt == "hello" and final.finished
@@ -332,9 +333,7 @@ async def test_text_that_cannot_be_made_ends_one_request(make_async, monkeypatch
         original(text, update)
 
     monkeypatch.setattr(engine.engine.output, "_advance", advance)
-    bad, fine = await asyncio.gather(
-        run(engine, "bad"), run(engine, "good", seed=3), return_exceptions=True
-    )
+    bad, fine = await asyncio.gather(run(engine, "bad"), run(engine, "good", seed=3), return_exceptions=True)
     assert isinstance(bad, RequestFailedError)
     assert fine.outputs[0].token_ids == good
     assert_free(engine)
