@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, cast
 
 import anyio
 from anyio.from_thread import start_blocking_portal
@@ -210,7 +210,7 @@ class LLM:
         token_ids: list[int] | list[list[int]] | None,
     ) -> list[_Request]:
         """One (inputs, token ids, params) per prompt."""
-        texts: list[Any] | None = [prompts] if isinstance(prompts, str | dict) else prompts
+        texts = cast("list[Any] | None", [prompts] if isinstance(prompts, str | dict) else prompts)
         ids: list[Any] | None = token_ids
         if ids and isinstance(ids[0], int):
             ids = [ids]

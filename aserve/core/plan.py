@@ -13,7 +13,7 @@ from aserve.messages.step import Fork, NewSequence, StepPlan
 class Row(NamedTuple):
     seq: Sequence
     start: int
-    count: int
+    num_tokens: int
 
 
 @dataclass(slots=True)
@@ -67,12 +67,12 @@ class PlanBuilder:
         """samples: ``(row, sequence)`` to draw for. unsent: sequences the worker does not know yet."""
         # Unsent sequences are described whole, so their tables need no growth entries of their own.
         fresh = {seq.slot: seq for seq in unsent if seq.slot >= 0}
-        prefills = sum(1 for row in self.rows if row.count > 1)
+        prefills = sum(1 for row in self.rows if row.num_tokens > 1)
         return StepPlan(
             step_id=step_id,
             slots=[row.seq.slot for row in self.rows],
             starts=[row.start for row in self.rows],
-            counts=[row.count for row in self.rows],
+            counts=[row.num_tokens for row in self.rows],
             samples=[(row, seq.slot) for row, seq in samples],
             new=[describe(seq) for seq in fresh.values()],
             forks=forks,
@@ -112,4 +112,4 @@ def describe_fork(child: Sequence, parent: Sequence) -> Fork:
 
 
 def _is_decode(row: Row) -> bool:
-    return row.count == 1
+    return row.num_tokens == 1

@@ -85,8 +85,8 @@ class Detokenizer:
 def _decoder(tokenizer: Any, skip: bool, spaces: bool) -> Callable[[list[int]], str]:
     if tokenizer.is_fast:
         backend = tokenizer.backend_tokenizer
-        return lambda ids: backend.decode(ids, skip_special_tokens=skip)  # type: ignore[no-any-return]
+        return lambda ids: backend.decode(ids, skip_special_tokens=skip)
     options = {"skip_special_tokens": skip, "clean_up_tokenization_spaces": False}
     if tokenizer.get_added_vocab():
         options["spaces_between_special_tokens"] = spaces
-    return lambda ids: tokenizer.decode(ids, **options)  # type: ignore[no-any-return]
+    return lambda ids: tokenizer.decode(ids, **options)

@@ -75,7 +75,7 @@ class MemoryWorker:
         drawn = []
         for row, slot in plan.samples:
             token = draw(prefixes[row], self.seeds[slot])
-            self.tokens[slot] = self.tokens[slot][: plan.starts[row] + plan.counts[row]] + [token]
+            self.tokens[slot] = [*self.tokens[slot][: plan.starts[row] + plan.counts[row]], token]
             drawn.append(token)
         return StepResult(plan.step_id, drawn, [-1.0] * len(drawn), prompt_logprobs=prompt_logprobs or None)
 
