@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.process import Server
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """SmolLM2 behind a real socket, shared by the tests that leave it as they found it."""
+    with Server() as running:
+        yield running
