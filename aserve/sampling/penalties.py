@@ -2,70 +2,92 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from aserve.messages.params import SamplingParams
 
 
-class PenaltyRows:
-    """Which tokens the penalised sequences have seen, one row per slot that needs one."""
+class _Seen:
+    """The distinct tokens that count against one sequence, and how often it has drawn each of them."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._vocab_size = vocab_size
-        self._device = device
-        self._prompt: dict[int, torch.Tensor] = {}
-        self._counts: dict[int, torch.Tensor] = {}
-        self._params: dict[int, SamplingParams] = {}
+    __slots__ = ("counts", "ids", "place", "size")
+
+    def __init__(self, prompt: list[int], output: list[int]) -> None:
+        ids, which = np.unique(np.array([*prompt, *output], dtype=np.int64), return_inverse=True)
+        self.size = len(ids)
+        self.ids = ids
+        self.counts = np.bincount(which[len(prompt) :], minlength=self.size).astype(np.float32)
+        self.place = dict(zip(ids.tolist(), range(self.size), strict=True))
+
+    def copy(self) -> _Seen:
+        other = object.__new__(_Seen)
+        other.size, other.ids, other.counts = self.size, self.ids.copy(), self.counts.copy()
+        other.place = dict(self.place)
+        return other
+
+    def count(self, token_id: int) -> None:
+        at = self.place.get(token_id)
+        if at is None:
+            at = self.place[token_id] = self.size
+            if at == len(self.ids):
+                room = at + 64
+                self.ids = np.concatenate([self.ids, np.zeros(room, dtype=np.int64)])
+                self.counts = np.concatenate([self.counts, np.zeros(room, dtype=np.float32)])
+            self.ids[at] = token_id
+            self.size += 1
+        self.counts[at] += 1.0
+
+
+class PenaltyRows:
+    """What the penalised sequences have seen, by slot. Slots without penalties take no room here."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, _Seen] = {}
+        self._values: dict[int, tuple[float, float, float]] = {}
 
     def add(self, slot: int, params: SamplingParams, prompt: list[int], output: list[int]) -> None:
-        seen = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
-        seen[torch.tensor(prompt, device=self._device)] = True
-        counts = torch.zeros(self._vocab_size, dtype=torch.float32, device=self._device)
-        if output:
-            ids = torch.tensor(output, device=self._device)
-            counts.index_add_(0, ids, torch.ones(len(output), device=self._device))
-        self._prompt[slot], self._counts[slot], self._params[slot] = seen, counts, params
+        values = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        # Only the repetition penalty looks at the prompt.
+        self._seen[slot] = _Seen(prompt if params.repetition_penalty != 1.0 else [], output)
+        self._values[slot] = values
 
     def fork(self, slot: int, parent: int) -> None:
-        if parent not in self._params:
+        if parent not in self._seen:
             self.drop(slot)
             return
-        self._prompt[slot] = self._prompt[parent]  # never written after add
-        self._counts[slot] = self._counts[parent].clone()
-        self._params[slot] = self._params[parent]
+        self._seen[slot] = self._seen[parent].copy()
+        self._values[slot] = self._values[parent]
 
     def drop(self, slot: int) -> None:
-        self._prompt.pop(slot, None)
-        self._counts.pop(slot, None)
-        self._params.pop(slot, None)
+        self._seen.pop(slot, None)
+        self._values.pop(slot, None)
 
     def apply(self, logits: torch.Tensor, rows: list[int], slots: list[int]) -> None:
-        """Penalises ``logits[rows[i]]`` by what ``slots[i]`` has seen, in place.
+        """Penalises ``logits[rows[i]]`` by what ``slots[i]`` has seen, in place; no row is named twice.
 
         Repetition (Keskar et al. 2019, CTRL) looks at prompt and output; frequency and presence, as
         OpenAI defines them, at the output only.
         """
-        index = torch.tensor(rows, device=logits.device)
-        counts = torch.stack([self._counts[slot] for slot in slots])
-        seen = torch.stack([self._prompt[slot] for slot in slots]) | (counts > 0)
-        values = torch.tensor(
-            [
-                (
-                    self._params[slot].repetition_penalty,
-                    self._params[slot].frequency_penalty,
-                    self._params[slot].presence_penalty,
-                )
-                for slot in slots
-            ],
-            device=logits.device,
+        seen = [self._seen[slot] for slot in slots]
+        sizes = [each.size for each in seen]
+        device = logits.device
+
+        def spread(values: list[float] | list[int]) -> torch.Tensor:
+            return torch.from_numpy(np.repeat(np.array(values), sizes)).to(device)
+
+        row = spread(rows)
+        token = torch.from_numpy(np.concatenate([each.ids[: each.size] for each in seen])).to(device)
+        count = torch.from_numpy(np.concatenate([each.counts[: each.size] for each in seen])).to(device)
+        repetition, frequency, presence = (
+            spread(list(column)).float()
+            for column in zip(*(self._values[slot] for slot in slots), strict=True)
         )
-        repetition, frequency, presence = (column.unsqueeze(1) for column in values.unbind(1))
-        picked = logits[index]
-        repeated = torch.where(picked > 0, picked / repetition, picked * repetition)
-        picked = torch.where(seen, repeated, picked)
-        picked -= frequency * counts
-        picked -= presence * (counts > 0)
-        logits[index] = picked
+        picked = logits[row, token]
+        picked = torch.where(picked > 0, picked / repetition, picked * repetition)
+        picked -= frequency * count
+        picked -= presence * (count > 0)
+        logits[row, token] = picked
 
     def count(self, slot: int, token_id: int) -> None:
-        self._counts[slot][token_id] += 1.0
+        self._seen[slot].count(token_id)

@@ -21,6 +21,12 @@ logger = logging.getLogger(__name__)
 _NONE = float("-inf")
 _MASK64 = (1 << 64) - 1
 
+_HOTTEST = float(np.finfo(np.float32).max)
+"""Every temperature near this makes all allowed tokens equally likely; an infinite one makes NaN."""
+
+_AT_ONCE = 1 << 21
+"""Probabilities added up at a time when drawing; more only costs memory."""
+
 
 class _Needs(enum.IntFlag):
     """What a slot's rows need besides an argmax."""
@@ -70,7 +76,7 @@ class SamplerState:
         self.vocab_size = vocab_size
         self.device = device
         self._rows: dict[int, _Row] = {}
-        self._penalties = PenaltyRows(vocab_size, device)
+        self._penalties = PenaltyRows()
         self._needs = np.zeros(num_slots, dtype=np.int64)
         self._temperature = np.ones(num_slots, dtype=np.float32)
         self._top_k = np.full(num_slots, vocab_size, dtype=np.int64)
@@ -125,7 +131,7 @@ class SamplerState:
             params, prompt_token_ids, list(output_token_ids) if processors else [], processors, banned
         )
         self._needs[slot] = needs
-        self._temperature[slot] = 1.0 if greedy else params.temperature
+        self._temperature[slot] = 1.0 if greedy else min(params.temperature, _HOTTEST)
         self._top_k[slot] = top_k
         self._top_p[slot] = params.top_p
         self._min_p[slot] = params.min_p
@@ -169,63 +175,64 @@ class SamplerState:
         every = int(np.bitwise_or.reduce(needs))
         if every & (_Needs.PROCESSORS | _Needs.MIN_TOKENS | _Needs.PENALTIES):
             self._edit(logits, needs, slots, failed)
-        scores = logits
-        if every & _Needs.DRAW:
-            temperature = torch.from_numpy(self._temperature[index]).to(logits.device)
-            scores = logits.div_(temperature.unsqueeze(1))
-        highest, token_ids = scores.max(-1)
+        highest, token_ids = logits.max(-1)
         finite = torch.isfinite(highest)
         if not bool(finite.all()):
             for i in torch.nonzero(~finite).flatten().tolist():
                 failed.setdefault(i, _why_not_finite(float(highest[i])))
-                scores[i] = 0.0  # any finite row: what is drawn from it is thrown away
-            highest, token_ids = scores.max(-1)
+                # Any finite row: what is drawn from it is thrown away.
+                logits[i], highest[i], token_ids[i] = 0.0, 0.0, 0
+        if every & _Needs.DRAW:
+            _heat(logits, highest, torch.from_numpy(self._temperature[index]).to(logits.device))
         if every & _Needs.TRUNCATION:
             picked = np.flatnonzero(needs & _Needs.TRUNCATION)
-            part = scores[torch.from_numpy(picked).to(scores.device)]
             chosen = index[picked]
-            truncate(part, self._top_k[chosen], self._top_p[chosen], self._min_p[chosen])
-            scores[torch.from_numpy(picked).to(scores.device)] = part
-        normaliser = scores.logsumexp(-1)
+            limits = (self._top_k[chosen], self._top_p[chosen], self._min_p[chosen])
+            if len(picked) == len(slots):
+                truncate(logits, *limits)
+            else:
+                where = torch.from_numpy(picked).to(logits.device)
+                part = logits[where]
+                truncate(part, *limits)
+                logits[where] = part
+        # One row's result is the same alone and in a batch, which a plain sum over a row would not give.
+        logprobs = logits.log_softmax(-1)
         if every & _Needs.DRAW:
             picked = np.flatnonzero(needs & _Needs.DRAW)
-            where = torch.from_numpy(picked).to(scores.device)
             chosen = index[picked]
-            u = torch.from_numpy(uniforms(self._seeds[chosen], self._num_output[chosen])).to(scores.device)
-            all_draw = len(picked) == len(slots)
-            part = scores if all_draw else scores[where]
-            base = normaliser if all_draw else normaliser[where]
-            token_ids[where] = _inverse_cdf(part, base, u)
-        logprobs = scores.gather(1, token_ids.unsqueeze(1)).squeeze(1) - normaliser
+            where = torch.from_numpy(picked).to(logits.device)
+            u = torch.from_numpy(uniforms(self._seeds[chosen], self._num_output[chosen])).to(logits.device)
+            token_ids[where] = _draw(logprobs if len(picked) == len(slots) else logprobs[where], u)
+        own = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)
         details = {}
         if every & _Needs.LOGPROBS:
             wanted = np.flatnonzero(needs & _Needs.LOGPROBS).tolist()
             counts = [self._rows[slots[i]].params.logprobs or 0 for i in wanted]
-            entries = _details(scores, normaliser, token_ids, logprobs, wanted, counts)
-            details = dict(zip(wanted, entries, strict=True))
+            where = torch.tensor(wanted, device=logits.device)
+            details = dict(zip(wanted, _details(logprobs[where], token_ids[where], counts), strict=True))
         self._remember(needs, slots, index, token_ids)
-        return Sampled(token_ids, logprobs, details, failed)
+        return Sampled(token_ids, own, details, failed)
 
     def prompt_logprobs(
         self, logits: torch.Tensor, token_ids: torch.Tensor, slot: int
     ) -> list[SampleLogprobs]:
         """Log-probabilities of given tokens: logits float32 ``[P, V]``, token_ids int64 ``[P]``.
 
-        Temperature and truncation of the slot apply, penalties and processors do not.
+        Temperature and truncation of the slot apply, penalties and processors do not. The logits may be
+        overwritten.
         """
         count = logits.shape[0]
-        scores = logits / float(self._temperature[slot])
+        if self._temperature[slot] != 1.0:
+            logits.div_(float(self._temperature[slot]))
         if self._needs[slot] & _Needs.TRUNCATION:
             truncate(
-                scores,
+                logits,
                 np.full(count, self._top_k[slot]),
                 np.full(count, self._top_p[slot]),
                 np.full(count, self._min_p[slot]),
             )
-        normaliser = scores.logsumexp(-1)
-        logprobs = scores.gather(1, token_ids.unsqueeze(1)).squeeze(1) - normaliser
         top = self._rows[slot].params.prompt_logprobs or 0
-        return _details(scores, normaliser, token_ids, logprobs, list(range(count)), [top] * count)
+        return _details(logits.log_softmax(-1), token_ids, [top] * count)
 
     # ---------------------------------------------------------------- parts
 
@@ -277,51 +284,70 @@ class SamplerState:
                 row.output.append(tokens[i])
 
 
-def _inverse_cdf(scores: torch.Tensor, normaliser: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """The first token whose cumulative probability exceeds ``u`` (float64 ``[R]``): never one of zero."""
-    cumulative = (scores - normaliser.unsqueeze(1)).exp_().cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1]
-    # Rounding must not carry the target to the very end, where a token of no probability may stand.
-    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1)
+def _heat(logits: torch.Tensor, highest: torch.Tensor, temperature: torch.Tensor) -> None:
+    """Divides rows by their temperatures, in place. ``highest`` is their largest logits, all finite."""
+    # A processor may force a token by a logit so large that the quotient would be infinite; such a row is
+    # moved first, which changes none of its probabilities.
+    shift = torch.where(torch.isinf(highest / temperature), highest, 0.0)
+    if bool(shift.any()):
+        logits.sub_(shift.unsqueeze(1))
+    logits.div_(temperature.unsqueeze(1))
 
 
-def _details(
-    scores: torch.Tensor,
-    normaliser: torch.Tensor,
-    token_ids: torch.Tensor,
-    logprobs: torch.Tensor,
-    rows: list[int],
-    counts: list[int],
-) -> list[SampleLogprobs]:
-    """Rank of the chosen token and the ``counts[i]`` likeliest, for each of ``rows``."""
-    index = torch.tensor(rows, device=scores.device)
-    picked = scores if len(rows) == scores.shape[0] else scores[index]
-    chosen = picked.gather(1, token_ids[index].unsqueeze(1))
-    ranks = ((picked > chosen).sum(-1) + 1).tolist()
-    own = logprobs[index].tolist()
-    width = min(max(counts), picked.shape[1])
-    top_ids: list[list[int]] = [[] for _ in rows]
-    top_values: list[list[float]] = [[] for _ in rows]
-    if width:
-        values, ids = picked.topk(width, dim=-1)
-        top_ids = ids.tolist()
-        top_values = (values - normaliser[index].unsqueeze(1)).tolist()
-    return [
-        SampleLogprobs(own[i], ranks[i], top_ids[i][:count], top_values[i][:count])
-        for i, count in enumerate(counts)
-    ]
+def _draw(logprobs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Tokens ``[R]`` at ``u`` (float64 ``[R]``, in [0, 1)) of the rows' cumulative distributions.
+
+    That is the first token whose cumulative probability exceeds ``u``: never one of probability zero.
+    """
+    drawn = []
+    step = max(1, _AT_ONCE // logprobs.shape[1])
+    for at in range(0, len(u), step):
+        cumulative = logprobs[at : at + step].exp().cumsum(-1, dtype=torch.float64)
+        total = cumulative[:, -1]
+        # Rounding must not carry the target to the very end, where a token of no probability may stand.
+        target = torch.minimum(u[at : at + step] * total, torch.nextafter(total, torch.zeros_like(total)))
+        drawn.append(torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1))
+    return torch.cat(drawn)
+
+
+def _details(logprobs: torch.Tensor, token_ids: torch.Tensor, counts: list[int]) -> list[SampleLogprobs]:
+    """Rank of the given token ``[R]`` and the ``counts[i]`` likeliest, for each row of ``[R, V]``.
+
+    Tokens that are equally likely are listed by id.
+    """
+    chosen = logprobs.gather(1, token_ids.unsqueeze(1))
+    ranks = ((logprobs > chosen).sum(-1) + 1).tolist()
+    own = chosen.squeeze(1).tolist()
+    # One more than asked for shows whether the last place is shared.
+    width = min(max(counts) + 1, logprobs.shape[1]) if any(counts) else 0
+    values, ids = (each.tolist() for each in logprobs.topk(width, dim=-1))
+    entries = []
+    for i, count in enumerate(counts):
+        top = sorted(zip(values[i], ids[i], strict=True), key=lambda entry: (-entry[0], entry[1]))
+        if 0 < count < width and values[i][count - 1] == values[i][count]:
+            last = values[i][count - 1]
+            top = [entry for entry in top if entry[0] > last]
+            equal = torch.nonzero(logprobs[i] == last).flatten()[: count - len(top)]
+            top += [(last, token_id) for token_id in equal.tolist()]
+        top = top[:count]
+        entries.append(SampleLogprobs(own[i], ranks[i], [t for _, t in top], [v for v, _ in top]))
+    return entries
 
 
 def _takes_prompt(processor: LogitsProcessor) -> bool:
-    """Whether a processor is called with the prompt's ids before the output's."""
+    """Whether a processor is called with the prompt's ids before the output's: if it needs three arguments.
+
+    Parameters with a default are the processor's own settings, as ``functools.partial`` makes them.
+    """
     try:
-        return len(inspect.signature(processor).parameters) == 3
+        parameters = inspect.signature(processor).parameters.values()
     except (TypeError, ValueError):  # a builtin without a signature
         return False
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(each.kind in by_position and each.default is each.empty for each in parameters) == 3
 
 
 def _why_not_finite(highest: float) -> str:
     if highest == _NONE:
         return "no token is allowed"
-    return "the model's logits are not finite"
+    return "the logits are not finite"

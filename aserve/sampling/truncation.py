@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 _CANDIDATES = 1024
@@ -10,56 +11,90 @@ _CANDIDATES = 1024
 
 _NONE = float("-inf")
 
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
-def truncate(scores: torch.Tensor, top_k: np.ndarray, top_p: np.ndarray, min_p: np.ndarray) -> None:
+
+def truncate(scores: torch.Tensor, top_k: Ints, top_p: Floats, min_p: Floats) -> None:
     """Sets the scores of dropped tokens to -inf, in place.
 
-    scores: float32 ``[R, V]``, already divided by temperature. top_k: int64 ``[R]``, V for all;
-    top_p, min_p: float64 ``[R]``. In this order: keep the k highest scores and their ties; of those the
-    fewest likeliest whose mass reaches p (Holtzman et al. 2020), at least one; of those the ones at
-    least ``min_p`` times as likely as the likeliest.
+    scores: float32 ``[R, V]``, already divided by temperature, without NaN or +inf. top_k: ``[R]``, V
+    for all; top_p, min_p: ``[R]``. In this order: keep the k highest scores and their ties; of those the
+    fewest likeliest whose mass reaches p (Holtzman et al. 2020), at least one, lower ids first among
+    equals; of those the ones at least ``min_p`` times as likely as the likeliest.
     """
     vocab = scores.shape[1]
-    sorting = np.flatnonzero((top_k < vocab) | (top_p < 1.0))
-    if sorting.size:
-        asked = int(np.where(top_k < vocab, top_k, 0)[sorting].max())
-        width = min(vocab, max(_CANDIDATES, 2 * asked))
-        left = _keep_likeliest(scores, sorting, top_k, top_p, width)
-        if left.size:
-            _keep_likeliest(scores, left, top_k, top_p, vocab)
+    lowest = torch.full_like(scores[:, 0], _NONE)
+    spare: list[tuple[int, float, int]] = []
+    rows = np.flatnonzero((top_k < vocab) | (top_p < 1.0))
+    if rows.size:
+        asked = int(np.where(top_k < vocab, top_k, 0)[rows].max())
+        for width in (min(vocab, max(_CANDIDATES, 2 * asked)), vocab):
+            rows = _find_lowest(scores, rows, top_k, top_p, width, lowest, spare)
+            if not rows.size:
+                break
     if (min_p > 0.0).any():
         with np.errstate(divide="ignore"):
             ratio = torch.from_numpy(np.log(min_p)).to(scores)
-        floor = scores.amax(-1) + ratio
-        scores.masked_fill_(scores < floor.unsqueeze(1), _NONE)
+        lowest = torch.maximum(lowest, scores.amax(-1) + ratio)
+    for row, value, kept in spare:
+        scores[row, torch.nonzero(scores[row] == value).flatten()[kept:]] = _NONE
+    scores.masked_fill_(scores < lowest.unsqueeze(1), _NONE)
 
 
-def _keep_likeliest(
-    scores: torch.Tensor, rows: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, width: int
-) -> np.ndarray:
-    """Top-k and top-p for ``rows``, looking at ``width`` tokens; returns the rows that need more."""
+def _find_lowest(
+    scores: torch.Tensor,
+    rows: Ints,
+    top_k: Ints,
+    top_p: Floats,
+    width: int,
+    lowest: torch.Tensor,
+    spare: list[tuple[int, float, int]],
+) -> Ints:
+    """Writes the lowest score that top-k and top-p keep into ``lowest[rows]``.
+
+    Looks at the ``width`` highest scores; returns the rows that need more. ``spare`` gets (row, score,
+    how many to keep) where not all tokens with the lowest score are kept.
+    """
     vocab = scores.shape[1]
     index = torch.from_numpy(rows).to(scores.device)
-    picked = scores[index]
-    values, tokens = picked.topk(width, dim=-1)
-    k = torch.from_numpy(np.minimum(top_k[rows], width)).to(scores.device)
-    p = torch.from_numpy(top_p[rows]).to(scores.device)
-    limited = torch.from_numpy(top_k[rows] < vocab).to(scores.device)
-    lowest = values.gather(1, (k - 1).unsqueeze(1))
-    lowest = torch.where(limited.unsqueeze(1), lowest, torch.full_like(lowest, _NONE))
-    kept = values >= lowest
-    inside = values.double().masked_fill(~kept, _NONE)
-    everything = torch.where(limited, inside.logsumexp(-1), picked.double().logsumexp(-1))
-    mass = (inside - everything.unsqueeze(1)).exp()
-    total = mass.cumsum(-1)
-    kept &= (total - mass) < p.unsqueeze(1)
-    kept[:, 0] = True
-    if width < vocab:
-        # Unsettled: a tie with the k-th score may lie beyond the candidates, or their mass is below p.
-        tied = limited & (lowest[:, 0] <= values[:, -1])
-        settled = ~tied & ((p >= 1.0) | (total[:, -1] >= p)) & (limited | (p < 1.0))
-    else:
-        settled = torch.ones_like(limited)
-    result = torch.full_like(picked, _NONE).scatter_(1, tokens, values.masked_fill(~kept, _NONE))
-    scores[index[settled]] = result[settled]
-    return rows[~settled.cpu().numpy()]
+    part = scores if len(rows) == scores.shape[0] else scores[index]
+    values = _highest(part, width)
+    k = torch.from_numpy(np.minimum(top_k[rows], width)).to(scores.device).unsqueeze(1)
+    p = torch.from_numpy(top_p[rows]).to(scores.device).unsqueeze(1)
+    limited = torch.from_numpy(top_k[rows] < vocab).to(scores.device).unsqueeze(1)
+    least = torch.where(limited, values.gather(1, k - 1), _NONE)
+    cut = p < 1.0
+    settled = ~cut | (width == vocab)
+    if bool(cut.any()):
+        # Masses relative to the likeliest token's, added up in float64.
+        mass = (values.double() - values[:, :1]).masked_fill_(values < least, _NONE).exp_()
+        total = mass.cumsum(-1)
+        everything = total[:, -1:]
+        if width < vocab:
+            whole = 1.0 / part.softmax(-1).amax(-1, keepdim=True).double()
+            everything = torch.where(limited, everything, whole)
+        count = ((total - mass) < p * everything).sum(-1, keepdim=True).clamp_(min=1)
+        last = values.gather(1, count - 1)
+        # Unsettled: the cut may lie beyond the candidates, or tokens tied with the k-th may.
+        settled |= (last > values[:, -1:]) & (~limited | (least > values[:, -1:]))
+        equal = (values == last).sum(-1, keepdim=True)
+        kept = count - (values > last).sum(-1, keepdim=True)
+        shared = torch.nonzero((cut & settled & (equal > kept))[:, 0]).flatten().tolist()
+        spare.extend((int(rows[at]), float(last[at]), int(kept[at])) for at in shared)
+        least = torch.where(cut, last, least)
+    done = settled[:, 0]
+    lowest[index[done]] = least[done, 0]
+    left: Ints = rows[~done.cpu().numpy()]
+    return left
+
+
+def _highest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The ``count`` highest of each row, descending."""
+    if scores.device.type != "cpu":
+        return scores.topk(count, dim=-1).values
+    # NumPy selects and sorts floats with vector instructions, many times faster than torch does.
+    found = scores.numpy()
+    if count < found.shape[1]:
+        found = np.partition(found, found.shape[1] - count, axis=-1)[:, -count:]
+    return torch.from_numpy(np.sort(found, axis=-1)[:, ::-1].copy())
