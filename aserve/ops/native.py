@@ -129,7 +129,7 @@ def why_missing() -> str | None:
     try:
         _open()
     except OSError as error:
-        return str(error)
+        return str(error.__cause__ or error)  # torch wraps the loader's own words
     return None
 
 

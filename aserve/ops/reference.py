@@ -112,19 +112,23 @@ def paged_attention(
         keys, values = _gather(cache, meta.block_tables[row : row + 1], length)
         q_pos = torch.arange(length - (end - start), length, device=q.device).unsqueeze(0)
         out[start:end] = _attend(
-            q[start:end].unsqueeze(0), keys, values, q_pos, None, scale, window, softcap, alibi_slopes
+            q[start:end].unsqueeze(0), keys, values, q_pos, scale, window, softcap, alibi_slopes
         )[0]
     if meta.num_decode_rows:
         start = meta.query_start_host[first_decode]
         lengths = meta.seq_lens[first_decode:].long()
         longest = max(meta.seq_lens_host[first_decode:])
         keys, values = _gather(cache, meta.block_tables[first_decode:], longest)
+        if min(meta.seq_lens_host[first_decode:]) < longest:
+            # What lies past a row's end is unknown, perhaps NaN, which a weight of zero would not silence.
+            past = torch.arange(longest, device=q.device) >= lengths.unsqueeze(1)
+            keys.masked_fill_(past[:, None, :, None], 0)
+            values.masked_fill_(past[:, None, :, None], 0)
         out[start:] = _attend(
             q[start:].unsqueeze(1),
             keys,
             values,
             (lengths - 1).unsqueeze(1),
-            lengths,
             scale,
             window,
             softcap,
@@ -150,7 +154,6 @@ def _attend(
     keys: torch.Tensor,
     values: torch.Tensor,
     q_pos: torch.Tensor,
-    lengths: torch.Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,

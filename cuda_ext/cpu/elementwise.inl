@@ -220,13 +220,17 @@ void greedy_logprob(const LogprobArgs& a, const Threads& threads) {
         const V top = set1(hmax(greatest));
         V sum = zero();
         int64_t token = -1;
-        for (int64_t i = 0; i < whole; i += W) {
-          const V v = load(x + i);
-          if (token < 0) {
-            const unsigned hits = equal_bits(v, top);
-            if (hits != 0) token = i + __builtin_ctz(hits);
+        for (int64_t start = 0; start < whole; start += 64 * W) {
+          V part = zero();  // a sum of sums: one chain over a vocabulary would gather rounding
+          for (int64_t i = start; i < minimum(whole, start + 64 * W); i += W) {
+            const V v = load(x + i);
+            if (token < 0) {
+              const unsigned hits = equal_bits(v, top);
+              if (hits != 0) token = i + __builtin_ctz(hits);
+            }
+            part = add(part, exp(sub(v, top)));
           }
-          sum = add(sum, exp(sub(v, top)));
+          sum = add(sum, part);
         }
         if (rest > 0) {
           const V v = select(lanes(0, rest), load(x + whole, rest), lowest);

@@ -18,6 +18,8 @@ namespace {
 
 #include "elementwise.inl"
 
+#include "attention_tile.inl"
+
 #include "attention.inl"
 
 constexpr Kernels table = {"avx2", norm, rotary, store_kv, attention, gated, greedy_logprob};

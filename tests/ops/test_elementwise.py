@@ -1,0 +1,229 @@
+"""Every operation but attention, against float64."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import pytest
+import torch
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [1, 7, 8, 15, 16, 17, 576, 2050]
+
+
+def near(got: torch.Tensor, want: torch.Tensor, implementation: ModuleType, atol: float = 1e-6) -> None:
+    """Native results are off by their rounding alone; the references round in between as well."""
+    eps = torch.finfo(got.dtype).eps
+    if got.dtype == torch.float32:
+        torch.testing.assert_close(got.double(), want, atol=atol, rtol=2e-6)
+    elif implementation.__name__.endswith("native"):
+        torch.testing.assert_close(got.double(), want, atol=atol, rtol=0.51 * eps)
+    else:
+        torch.testing.assert_close(got.double(), want, atol=max(atol, 2 * eps), rtol=4 * eps)
+
+
+def exact_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.double()
+    return wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_rms_norm(implementation: ModuleType, size: int, dtype: torch.dtype) -> None:
+    x = torch.randn(5, size).to(dtype)
+    for weight in (torch.randn(size).to(dtype), torch.randn(size)):
+        near(implementation.rms_norm(x, weight, 1e-5), exact_norm(x, weight, 1e-5), implementation)
+
+
+def test_rms_norm_of_heads_in_a_merged_projection(implementation: ModuleType) -> None:
+    merged = torch.randn(6, 9, 40)
+    weight = torch.randn(40)
+    for x in (merged[:, 2:7], merged[0], merged[3:4, 1:2], merged[:0], merged[:, 0]):
+        got = implementation.rms_norm(x, weight, 1e-6)
+        assert got.shape == x.shape
+        near(got, exact_norm(x, weight, 1e-6), implementation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_fused_add_rms_norm(implementation: ModuleType, size: int, dtype: torch.dtype) -> None:
+    x, residual = torch.randn(3, 2 * size).to(dtype)[:, :size], torch.randn(3, size).to(dtype)
+    weight = torch.randn(size).to(dtype)
+    normed, total = implementation.fused_add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, x + residual)
+    near(normed, exact_norm(total, weight, 1e-5), implementation)
+
+
+def exact_rotation(
+    x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
+    half = cos_sin.shape[1] // 2
+    out = x.double().clone()
+    for token, position in enumerate(positions.tolist()):
+        for i in range(half):
+            c, s = (float(cos_sin[position, at]) for at in (i, half + i))
+            first, second = (2 * i, 2 * i + 1) if interleaved else (i, half + i)
+            a, b = x[token, :, first].double(), x[token, :, second].double()
+            out[token, :, first], out[token, :, second] = a * c - b * s, b * c + a * s
+    return out
+
+
+ROTARY = [(64, 64), (64, 32), (80, 80), (20, 20), (96, 24), (16, 2)]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_size", "rotary"), ROTARY)
+def test_rotary_embedding(
+    implementation: ModuleType, head_size: int, rotary: int, dtype: torch.dtype, interleaved: bool
+) -> None:
+    merged = torch.randn(4, 8, head_size).to(dtype)
+    q, k = merged[:, :4], merged[:, 4:6]
+    cos_sin = torch.randn(50, rotary)
+    positions = torch.tensor([0, 49, 7, 7])
+    q_out, k_out = implementation.rotary_embedding(q, k, positions, cos_sin, interleaved)
+    near(q_out, exact_rotation(q, positions, cos_sin, interleaved), implementation)
+    near(k_out, exact_rotation(k, positions, cos_sin, interleaved), implementation)
+
+
+@pytest.mark.parametrize("cache_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_size", [8, 16, 32])
+def test_store_and_rope_and_store(
+    implementation: ModuleType, block_size: int, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> None:
+    """Both leave every other slot alone, and the fused one equals the two apart."""
+    merged = torch.randn(5, 8, 24).to(dtype)
+    q, k, v = merged[:, :4], merged[:, 4:6], merged[:, 6:]
+    cos_sin, positions = torch.randn(50, 24), torch.tensor([3, 0, 49, 1, 2])
+    slots = torch.tensor([3 * block_size, 0, 7, 4 * block_size - 1, block_size + 1])
+    shape = (4, 2, block_size, 24)
+
+    cache = torch.full(shape, 9.0, dtype=cache_dtype), torch.full(shape, 9.0, dtype=cache_dtype)
+    turned_q, turned_k = implementation.rotary_embedding(q, k, positions, cos_sin)
+    implementation.store_kv(turned_k, v, cache, slots)
+    for side, written in zip(cache, (turned_k, v), strict=True):
+        want = torch.full(shape, 9.0, dtype=cache_dtype)
+        for token, slot in enumerate(slots.tolist()):
+            want[slot // block_size, :, slot % block_size] = written[token].to(cache_dtype)
+        assert torch.equal(side, want)
+
+    fused = torch.full(shape, 9.0, dtype=cache_dtype), torch.full(shape, 9.0, dtype=cache_dtype)
+    got = implementation.rope_and_store(q, k, v, positions, cos_sin, fused, slots)
+    assert torch.equal(got, turned_q)
+    assert torch.equal(fused[0], cache[0])
+    assert torch.equal(fused[1], cache[1])
+
+
+def test_slots_and_positions_outside_are_refused(loaded: ModuleType) -> None:
+    k = torch.randn(2, 2, 16)
+    cache = torch.zeros(3, 2, 8, 16), torch.zeros(3, 2, 8, 16)
+    cos_sin = torch.randn(10, 16)
+    for slot in (-1, 24):
+        slots = torch.tensor([0, slot])
+        with pytest.raises(RuntimeError, match="slot is outside"):
+            loaded.store_kv(k, k, cache, slots)
+        with pytest.raises(RuntimeError, match="slot is outside"):
+            loaded.rope_and_store(k, k, k, torch.tensor([0, 1]), cos_sin, cache, slots)
+    for position in (-1, 10):
+        with pytest.raises(RuntimeError, match="position is outside"):
+            loaded.rotary_embedding(k, k, torch.tensor([0, position]), cos_sin)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_gated_activations(implementation: ModuleType, size: int, dtype: torch.dtype) -> None:
+    x = (torch.randn(3, 2 * size) * 4).to(dtype)
+    x[0, 0], x[1, 0], x[2, 0] = -200.0, 200.0, 0.0
+    gate, up = x.double().chunk(2, -1)
+    near(implementation.silu_and_mul(x), torch.nn.functional.silu(gate) * up, implementation)
+    for form in ("tanh", "none"):
+        want = torch.nn.functional.gelu(gate, approximate=form) * up
+        # 1 + erf and 1 + tanh of a negative gate lose digits
+        near(implementation.gelu_and_mul(x, form), want, implementation, atol=1e-5)
+
+
+def test_gated_activations_pass_nan_on(implementation: ModuleType) -> None:
+    x = torch.ones(1, 64)
+    x[0, 3] = math.nan
+    for got in (implementation.silu_and_mul(x), implementation.gelu_and_mul(x)):
+        assert got[0, 3].isnan()
+        assert got.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_copy_blocks(implementation: ModuleType, dtype: torch.dtype) -> None:
+    caches = [(torch.randn(6, 2, 8, 16).to(dtype), torch.randn(6, 2, 8, 16).to(dtype)) for _ in range(2)]
+    before = [[side.clone() for side in cache] for cache in caches]
+    # 4 goes to 0 after 0 went to 5, and 1 receives the new 5.
+    implementation.copy_blocks(caches, [(0, 5), (4, 0), (5, 1), (2, 2)])
+    for cache, old in zip(caches, before, strict=True):
+        for side, was in zip(cache, old, strict=True):
+            for block, source in enumerate((4, 0, 2, 3, 4, 0)):
+                assert torch.equal(side[block], was[source]), block
+    implementation.copy_blocks(caches, [])
+    implementation.copy_blocks([], [(0, 1)])
+
+
+def test_copy_blocks_outside_the_cache(loaded: ModuleType) -> None:
+    cache = torch.zeros(3, 2, 8, 16), torch.zeros(3, 2, 8, 16)
+    for pair in ((0, 3), (-1, 0)):
+        with pytest.raises(RuntimeError, match="block id"):
+            loaded.copy_blocks([cache], [pair])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 5, 16, 31, 49152 + 3])
+def test_greedy_logprob(implementation: ModuleType, size: int, dtype: torch.dtype) -> None:
+    logits = (torch.randn(4, 2 * size) * 3).to(dtype)[:, :size]
+    logits[1] = 2.0
+    logits[2, : size // 2] = -math.inf
+    token, logprob = implementation.greedy_logprob(logits)
+    wide = logits.double()
+    top = wide.amax(-1, keepdim=True)
+    want = [row.index(True) for row in (wide == top).tolist()]
+    assert token.tolist() == want
+    assert token.dtype == torch.int64
+    torch.testing.assert_close(
+        logprob.double(), wide.log_softmax(-1).gather(1, token[:, None])[:, 0], atol=2e-6, rtol=2e-6
+    )
+
+
+def test_greedy_logprob_shows_nan(implementation: ModuleType) -> None:
+    logits = torch.zeros(1, 40)
+    logits[0, 20] = math.nan
+    assert implementation.greedy_logprob(logits)[1].isnan().all()
+
+
+def test_rows_do_not_depend_on_their_batch(loaded: ModuleType) -> None:
+    torch.manual_seed(1)
+    x, residual, weight = torch.randn(300, 576), torch.randn(300, 576), torch.randn(576)
+    torch.set_num_threads(3)
+    together = loaded.fused_add_rms_norm(x, residual, weight, 1e-5)[0], loaded.silu_and_mul(x)
+    for row in (0, 123, 299):
+        one = slice(row, row + 1)
+        assert torch.equal(
+            loaded.fused_add_rms_norm(x[one], residual[one], weight, 1e-5)[0], together[0][one]
+        )
+        assert torch.equal(loaded.silu_and_mul(x[one]), together[1][one])
+
+
+def test_other_dtypes_go_to_the_reference(loaded: ModuleType) -> None:
+    x, weight = torch.randn(3, 8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+    assert loaded.rms_norm(x, weight, 1e-6).dtype == torch.float64
+    assert loaded.silu_and_mul(x).dtype == torch.float64
+
+
+def test_wrong_shapes_are_refused(loaded: ModuleType) -> None:
+    x = torch.randn(3, 16)
+    with pytest.raises(RuntimeError, match="weight must have size 16 in dimension 0, has 8"):
+        loaded.rms_norm(x, torch.ones(8), 1e-6)
+    with pytest.raises(RuntimeError, match="residual must have size 3 in dimension 0"):
+        loaded.fused_add_rms_norm(x, x[:2], torch.ones(16), 1e-6)
+    with pytest.raises(RuntimeError, match="must have one dtype"):
+        loaded.fused_add_rms_norm(x, x.bfloat16(), torch.ones(16), 1e-6)
+    with pytest.raises(RuntimeError, match="dense"):
+        loaded.rms_norm(torch.randn(16, 3).T, torch.ones(16), 1e-6)
+    with pytest.raises(RuntimeError, match="even"):
+        loaded.silu_and_mul(torch.randn(2, 5))
