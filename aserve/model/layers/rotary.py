@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from aserve import ops
 from aserve.errors import ConfigError
 
 Parameters = Mapping[str, Any]
@@ -22,14 +21,9 @@ Parameters = Mapping[str, Any]
 
 @dataclass(slots=True)
 class Rotary:
-    """cos_sin: float32 ``[max_model_len, R]``, see :func:`aserve.ops.rotary_embedding`."""
+    """cos_sin: float32 ``[max_model_len, R]``, see :func:`aserve.ops.rope_and_store`."""
 
     cos_sin: torch.Tensor
-
-    def apply(
-        self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return ops.rotary_embedding(q, k, positions, self.cos_sin)
 
 
 @dataclass(frozen=True, slots=True)
