@@ -36,7 +36,7 @@ class StopChecker:
                 at = tail.find(word, max(0, len(self._tail) - len(word) + 1))
                 if at >= 0:
                     end = at + len(word) if self._include else at
-                    shown = len(self._tail) if self._held == 0 else max(0, len(self._tail) - self._held)
+                    shown = max(0, len(self._tail) - self._held)
                     self.text += tail[shown:end]
                     self._ended = True
                     return word
