@@ -31,6 +31,7 @@ def check(name: str, outputs: list[Any], entries: list[dict[str, Any]]) -> None:
         assert output.outputs[0].token_ids == entry["tokens"], (name, output.prompt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_golden_file_is_what_transformers_says(name: str) -> None:
     """The stored answers are checked against the library itself on a few prompts."""
@@ -51,19 +52,37 @@ CONFIGURATIONS = [
 ]
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("options", CONFIGURATIONS, ids=lambda o: "-".join(map(str, o.values())))
+# The quick run takes every configuration on the one model and two of them on the other.
+BATCHES = [
+    pytest.param(name, options, id=f"{name}-{'-'.join(map(str, options.values()))}", marks=marks)
+    for name in MODELS
+    for options, marks in zip(
+        CONFIGURATIONS,
+        ([], [], [], []) if name == "smollm2" else ([], pytest.mark.slow, pytest.mark.slow, []),
+        strict=True,
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "options"), BATCHES)
 def test_a_mixed_batch_of_32(name: str, options: dict[str, Any]) -> None:
     max_num_seqs = 32
     with LLM(name, dtype="float32", max_model_len=512, max_num_seqs=max_num_seqs, **options) as llm:
         check(name, llm.generate(PROMPTS, params(), use_tqdm=False), golden(name))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_one_at_a_time_with_logprobs(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "prompts"),
+    [
+        ("smollm2", slice(0, 20)),
+        ("gemma3-270m", slice(0, 5)),
+        pytest.param("gemma3-270m", slice(5, 20), marks=pytest.mark.slow),
+    ],
+)
+def test_one_at_a_time_with_logprobs(name: str, prompts: slice) -> None:
     entries = golden(name)
     with LLM(name, dtype="float32", max_model_len=512) as llm:
-        for prompt, entry in list(zip(PROMPTS, entries, strict=True))[:20]:
+        for prompt, entry in list(zip(PROMPTS, entries, strict=True))[prompts]:
             (output,) = llm.generate(prompt, params(logprobs=5), use_tqdm=False)
             check(name, [output], [entry])
             for position, (ours, theirs) in enumerate(
