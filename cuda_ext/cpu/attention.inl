@@ -25,19 +25,38 @@ struct Plan {
   int32_t* left;    // parts of a tile not yet done
   float* partial;   // one Sums a segment
   int64_t queries;  // of each of them
+  int workers;
   int failed;
 };
 
+// The first keys an item reads.
+inline Step first_step(const AttentionArgs& a, const Item& item) {
+  const TileShape s = tile_shape(a, item.place.row, item.place.tile);
+  return step_at(item.place, maximum(s.begin, item.first_segment * int64_t{kSegment}), s.end);
+}
+
+// following: the thread's next item, or null.
 template <typename T>
-inline bool run_item(Plan& plan, const Item& item, const Workspace& w, int64_t width) {
+inline bool run_item(Plan& plan, const Item& item, const Item* following, const Workspace& w, int64_t width) {
   const AttentionArgs& a = *plan.args;
   const TileShape s = tile_shape(a, item.place.row, item.place.tile);
   read_query(a, item.place, s, w.query);
+  const auto sum_up = [&](int segment, Sums sums) {
+    const int64_t begin = maximum(s.begin, segment * int64_t{kSegment});
+    const int64_t end = minimum(s.end, (segment + 1) * int64_t{kSegment});
+    Step next = {item.place, 0, 0};
+    if (segment + 1 < item.last_segment) {
+      next = step_at(item.place, end, s.end);
+    } else if (following != nullptr) {
+      next = first_step(a, *following);
+    }
+    return segment_sums<T>(a, item.place, s, w, begin, end, next, sums, width);
+  };
   if (item.part >= 0) {
     const int64_t floats = sums_floats(plan.queries, width);
     for (int g = item.first_segment; g < item.last_segment; g++) {
       const int64_t at = (item.part + g - item.first_segment) * floats;
-      if (!segment_sums<T>(a, item.place, s, w, g, sums_at(plan.partial + at, plan.queries), width)) return false;
+      if (!sum_up(g, sums_at(plan.partial + at, plan.queries))) return false;
     }
     const int32_t mine = item.last_segment - item.first_segment;
     if (__atomic_sub_fetch(&plan.left[item.counter], mine, __ATOMIC_ACQ_REL) != 0) return true;
@@ -51,7 +70,7 @@ inline bool run_item(Plan& plan, const Item& item, const Workspace& w, int64_t w
     return true;
   }
   for (int g = item.first_segment; g < item.last_segment; g++) {
-    if (!segment_sums<T>(a, item.place, s, w, g, w.open, width)) return false;
+    if (!sum_up(g, w.open)) return false;
     if (item.last_segment - item.first_segment > 1) merge(w.closed, w.open, s.count, width, g == item.first_segment);
   }
   write_out(a, item.place, s, item.last_segment - item.first_segment > 1 ? w.closed : w.open, width);
@@ -68,11 +87,20 @@ void attention_worker(void* data, int) {
     return;
   }
   const Workspace w = workspace_at(static_cast<float*>(scratch), a.head_size, width);
-  for (;;) {
+  const auto draw = [&] {
     const int64_t i = __atomic_fetch_add(&plan.next, 1, __ATOMIC_RELAXED);
-    if (i >= plan.count) return;
+    return i < plan.count ? &plan.items[i] : nullptr;
+  };
+  // Knowing the next item lets its keys come early; near the end, one taken early could keep a thread idle.
+  const auto draw_early = [&] {
+    const int64_t left = plan.count - __atomic_load_n(&plan.next, __ATOMIC_RELAXED);
+    return left > 2 * plan.workers ? draw() : nullptr;
+  };
+  for (const Item *item = draw(), *following = nullptr; item != nullptr;
+       item = following != nullptr ? following : draw()) {
+    following = draw_early();
     const bool done = with_type(a.cache_dtype, [&](auto element) {
-      return run_item<typename Plain<decltype(element)>::type>(plan, plan.items[i], w, width);
+      return run_item<typename Plain<decltype(element)>::type>(plan, *item, following, w, width);
     });
     if (!done) __atomic_store_n(&plan.failed, static_cast<int>(Status::bad_block), __ATOMIC_RELAXED);
   }
@@ -105,7 +133,7 @@ Status attention(const AttentionArgs& a, const Threads& threads) {
   if (memory == nullptr) return Status::no_memory;
   Item* items = reinterpret_cast<Item*>(memory);
   Plan plan = {&a, items, 0, 0, reinterpret_cast<int32_t*>(memory + item_bytes),
-               reinterpret_cast<float*>(memory + start), queries, 0};
+               reinterpret_cast<float*>(memory + start), queries, workers, 0};
   int32_t part = 0, counter = 0;
   for (int64_t row = 0; row < a.rows; row++) {
     const int64_t tokens = a.query_start[row + 1] - a.query_start[row];

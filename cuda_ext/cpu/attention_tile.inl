@@ -46,20 +46,31 @@ inline Workspace workspace_at(float* p, int64_t head_size, int64_t width) {
   return w;
 }
 
+// The cache lines of `bytes` from `offset` on that start in them. Blocks are scattered, which the hardware's
+// own prefetching cannot follow, and a burst of requests would stall: they go between the arithmetic.
+inline void prefetch(const void* row, size_t offset, size_t bytes) {
+  for (size_t at = (offset + 63) / 64 * 64; at < offset + bytes; at += 64)
+    __builtin_prefetch(static_cast<const char*>(row) + at, 0, 3);
+}
+
 // Keys of one step as columns: columns[d * kKeys + t] = key t, feature d, for whole vectors of keys.
+// ahead: rows to be read next, [kKeys].
 template <typename T>
-inline void turn_keys(const void* const* keys, int vectors, int head_size, float* columns) {
+inline void turn_keys(const void* const* keys, const void* const* ahead, int vectors, int head_size,
+                      float* columns) {
   for (int j = 0; j < vectors; j++) {
     float* out = columns + j * W;
     Words words[4];
     if constexpr (sizeof(T) == 4) {
       for (int d = 0; d < head_size; d += 4) {
         turn(keys + j * W, static_cast<size_t>(d) * 4, words);
+        for (int i = 0; i < W; i++) prefetch(ahead[j * W + i], static_cast<size_t>(d) * 4, 16);
         for (int i = 0; i < 4; i++) store(out + (d + i) * kKeys, low(static_cast<const T*>(nullptr), words[i]));
       }
     } else {
       for (int d = 0; d < head_size; d += 8) {
         turn(keys + j * W, static_cast<size_t>(d) * 2, words);
+        for (int i = 0; i < W; i++) prefetch(ahead[j * W + i], static_cast<size_t>(d) * 2, 16);
         for (int i = 0; i < 4; i++) {
           store(out + (d + 2 * i) * kKeys, low(static_cast<const T*>(nullptr), words[i]));
           store(out + (d + 2 * i + 1) * kKeys, high(static_cast<const T*>(nullptr), words[i]));
@@ -95,15 +106,16 @@ inline void score_rows(const float* query, const float* columns, int vectors, in
 }
 
 // values[m] = values[m] * rescale[m] + sum over t in [first, last) of weights[m, t] * value t, m < M,
-// for N vectors of features; `part` of the last vector's lanes exist.
+// for N vectors of features; `part` of the last vector's lanes exist. ahead: as above, or null.
 template <typename T, int M, int N, bool kPart>
-inline void value_block(const float* weights, const void* const* rows, int first, int last, int feature,
+inline void value_block(const float* weights, const void* const* rows, const void* const* ahead, int first, int last, int feature,
                         int part, const float* rescale, float* values, int64_t width) {
   V sum[M][N];
   for (int m = 0; m < M; m++)
     for (int j = 0; j < N; j++) sum[m][j] = mul(load(values + m * width + feature + j * W), set1(rescale[m]));
   for (int t = first; t < last; t++) {
     const T* row = static_cast<const T*>(rows[t]) + feature;
+    if (ahead != nullptr) prefetch(ahead[t], feature * sizeof(T), N * W * sizeof(T));
     V value[N];
     for (int j = 0; j < N; j++) value[j] = kPart && j == N - 1 ? load(row + j * W, part) : load(row + j * W);
     for (int m = 0; m < M; m++) {
@@ -116,15 +128,15 @@ inline void value_block(const float* weights, const void* const* rows, int first
 }
 
 template <typename T, int M>
-inline void value_rows(const float* weights, const void* const* rows, int first, int last, int head_size,
+inline void value_rows(const float* weights, const void* const* rows, const void* const* ahead, int first, int last, int head_size,
                        const float* rescale, float* values, int64_t width) {
   int d = 0;
   for (; d + kCols * W <= head_size; d += kCols * W)
-    value_block<T, M, kCols, false>(weights, rows, first, last, d, W, rescale, values, width);
+    value_block<T, M, kCols, false>(weights, rows, ahead, first, last, d, W, rescale, values, width);
   for (; d + W <= head_size; d += W)
-    value_block<T, M, 1, false>(weights, rows, first, last, d, W, rescale, values, width);
+    value_block<T, M, 1, false>(weights, rows, ahead, first, last, d, W, rescale, values, width);
   if (d < head_size)
-    value_block<T, M, 1, true>(weights, rows, first, last, d, head_size - d, rescale, values, width);
+    value_block<T, M, 1, true>(weights, rows, ahead, first, last, d, head_size - d, rescale, values, width);
 }
 
 // f(integral constant M, first row) over `count` rows in register tiles of M <= kRows.
@@ -223,65 +235,70 @@ inline void weigh(const AttentionArgs& a, float* scores, int vectors, int first,
   store(lane_sums + m * W, sum);
 }
 
-// Finds the step's keys and values through the block table. False on a block id outside the cache.
+// Keys [begin, end) of a row and KV head, within one step. Empty where there is none.
+struct Step {
+  Place place;
+  int64_t begin, end;
+};
+
+inline Step step_at(const Place& place, int64_t begin, int64_t limit) {
+  return {place, begin, minimum(limit, begin / kKeys * kKeys + kKeys)};
+}
+
+// Where a step's keys and values are, by their place in the step. Those that are not to be read, before
+// `first` and from `last` on, have the address of a neighbour.
+struct Found {
+  const void *keys[kKeys + W], *values[kKeys];
+  int first, last;
+};
+
+// Finds them through the block table. False on a block id outside the cache.
 template <typename T>
-inline bool locate(const AttentionArgs& a, int row, int kv_head, int64_t first, int count, const void** keys,
-                   const void** values) {
-  const int32_t* table = a.block_tables + row * a.table_stride;
-  int64_t block = first / a.block_size, slot = first % a.block_size;
-  for (int t = 0; t < count; block++, slot = 0) {
+inline bool find(const AttentionArgs& a, const Step& step, Found& found) {
+  const int32_t* table = a.block_tables + step.place.row * a.table_stride;
+  found.first = static_cast<int>(step.begin % kKeys);
+  found.last = found.first + static_cast<int>(step.end - step.begin);
+  int64_t block = step.begin / a.block_size, slot = step.begin % a.block_size;
+  for (int t = found.first; t < found.last; block++, slot = 0) {
     const int64_t id = table[block];
     if (id < 0 || id >= a.num_blocks) return false;
-    const int64_t offset = id * a.cache_block + kv_head * a.cache_head;
-    for (; slot < a.block_size && t < count; slot++, t++) {
-      keys[t] = static_cast<const T*>(a.k_cache) + offset + slot * a.cache_slot;
-      values[t] = static_cast<const T*>(a.v_cache) + offset + slot * a.cache_slot;
+    const int64_t offset = id * a.cache_block + step.place.kv_head * a.cache_head;
+    for (; slot < a.block_size && t < found.last; slot++, t++) {
+      found.keys[t] = static_cast<const T*>(a.k_cache) + offset + slot * a.cache_slot;
+      found.values[t] = static_cast<const T*>(a.v_cache) + offset + slot * a.cache_slot;
     }
   }
+  for (int t = 0; t < found.first; t++) found.keys[t] = found.keys[found.first];
+  for (int t = 0; t < found.first; t++) found.values[t] = found.values[found.first];
+  for (int t = found.last; t < kKeys + W; t++) found.keys[t] = found.keys[found.last - 1];
+  for (int t = found.last; t < kKeys; t++) found.values[t] = found.values[found.last - 1];
   return true;
 }
 
-inline void prefetch_rows(const void* const* rows, int count, size_t bytes) {
-  for (int t = 0; t < count; t++)
-    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(rows[t]) + at, 0, 2);
-}
-
-// The tile's sums over one segment's keys, into sums.
+// The tile's sums over the keys [begin, end) of one segment, into sums. following: what this thread reads
+// after them.
 template <typename T>
 inline bool segment_sums(const AttentionArgs& a, const Place& place, const TileShape& s, const Workspace& w,
-                         int segment, Sums sums, int64_t width) {
+                         int64_t begin, int64_t end, const Step& following, Sums sums, int64_t width) {
   const int head_size = static_cast<int>(a.head_size);
   for (int m = 0; m < s.count; m++) sums.greatest[m] = kNever;
   for (int i = 0; i < s.count * W; i += W) store(w.lanes + i, zero());
   for (int64_t i = 0; i < s.count * width; i += W) store(sums.values + i, zero());
-  const int64_t begin = maximum(s.begin, static_cast<int64_t>(segment) * kSegment);
-  const int64_t end = minimum(s.end, static_cast<int64_t>(segment + 1) * kSegment);
-  const void *found_keys[2][kKeys + W], *found_values[2][kKeys];
-  // A step starts at a multiple of kKeys; the keys before `skip` are not there to be read.
-  const auto find = [&](int64_t at, const void** keys, const void** values) {
-    const int skip = static_cast<int>(maximum(0, begin - at));
-    const int count = static_cast<int>(minimum(kKeys, end - at));
-    if (!locate<T>(a, place.row, place.kv_head, at + skip, count - skip, keys + skip, values + skip)) return false;
-    for (int t = 0; t < skip; t++) keys[t] = keys[skip];
-    for (int t = count; t < count + W - 1; t++) keys[t] = keys[count - 1];
-    return true;
-  };
-  int turn_of = 0;
-  int64_t at = begin / kKeys * kKeys;
-  if (!find(at, found_keys[0], found_values[0])) return false;
-  for (; at < end; at += kKeys, turn_of ^= 1) {
-    const void **keys = found_keys[turn_of], **values = found_values[turn_of];
-    const int skip = static_cast<int>(maximum(0, begin - at));
-    const int count = static_cast<int>(minimum(kKeys, end - at));
-    const int vectors = (count + W - 1) / W;
-    if (at + kKeys < end) {
-      // Blocks are scattered, which the hardware prefetcher cannot follow.
-      if (!find(at + kKeys, found_keys[turn_of ^ 1], found_values[turn_of ^ 1])) return false;
-      const int ahead = static_cast<int>(minimum(kKeys, end - at - kKeys));
-      prefetch_rows(found_keys[turn_of ^ 1], ahead, sizeof(T) * static_cast<size_t>(head_size));
-      prefetch_rows(found_values[turn_of ^ 1], ahead, sizeof(T) * static_cast<size_t>(head_size));
+  Found both[2];
+  Step step = step_at(place, begin, end);
+  if (!find<T>(a, step, both[0])) return false;
+  for (int turns = 0; step.begin < end; turns ^= 1) {
+    const Found& found = both[turns];
+    const Found* ahead = &both[turns ^ 1];
+    const Step next = step.end < end ? step_at(place, step.end, end) : following;
+    if (next.begin == next.end) {
+      ahead = &found;
+    } else if (!find<T>(a, next, both[turns ^ 1])) {
+      return false;
     }
-    turn_keys<T>(keys, vectors, head_size, w.columns);
+    const int64_t at = step.begin / kKeys * kKeys;
+    const int vectors = (found.last + W - 1) / W;
+    turn_keys<T>(found.keys, ahead->keys, vectors, head_size, w.columns);
     by_rows(s.count, [&](auto size, int m) {
       score_rows<decltype(size)::value>(w.query + m * head_size, w.columns, vectors, head_size,
                                         w.scores + m * kKeys);
@@ -291,13 +308,15 @@ inline bool segment_sums(const AttentionArgs& a, const Place& place, const TileS
       const int64_t first = a.window > 0 ? maximum(0, position - a.window + 1) : 0;
       const int64_t head = place.kv_head * s.group + index % s.group;
       weigh(a, w.scores + m * kKeys, vectors, static_cast<int>(maximum(first - at, 0)),
-            static_cast<int>(minimum(position + 1 - at, count)),
+            static_cast<int>(minimum(position + 1 - at, found.last)),
             a.alibi_slopes == nullptr ? 0.0f : a.alibi_slopes[head], position - at, sums, w.lanes, w.rescale, m);
     }
     by_rows(s.count, [&](auto size, int m) {
-      value_rows<T, decltype(size)::value>(w.scores + m * kKeys, values, skip, count, head_size, w.rescale + m,
+      value_rows<T, decltype(size)::value>(w.scores + m * kKeys, found.values, m == 0 ? ahead->values : nullptr,
+                                           found.first, found.last, head_size, w.rescale + m,
                                            sums.values + m * width, width);
     });
+    step = step_at(place, step.end, end);
   }
   for (int m = 0; m < s.count; m++) sums.weight[m] = hsum(load(w.lanes + m * W));
   return true;
