@@ -92,7 +92,9 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Batch:
     tables = torch.randint(0, total, (len(case.rows), widest), generator=random, dtype=torch.int32)
     shape = (total, case.kv_heads, case.block_size, case.head_size)
     cache = (torch.full(shape, math.nan, dtype=dtype), torch.full(shape, math.nan, dtype=dtype))
-    keys, values, at = [], [], 0
+    keys: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    at = 0
     for row, (_, length) in enumerate(case.rows):
         tables[row, : counts[row]] = order[at : at + counts[row]]
         at += counts[row]
