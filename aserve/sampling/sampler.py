@@ -303,9 +303,8 @@ def _draw(logprobs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     step = max(1, _AT_ONCE // logprobs.shape[1])
     for at in range(0, len(u), step):
         cumulative = logprobs[at : at + step].exp().cumsum(-1, dtype=torch.float64)
-        total = cumulative[:, -1]
-        # Rounding must not carry the target to the very end, where a token of no probability may stand.
-        target = torch.minimum(u[at : at + step] * total, torch.nextafter(total, torch.zeros_like(total)))
+        # Below the last sum even after rounding, because u is at most 1 - 2**-53.
+        target = u[at : at + step] * cumulative[:, -1]
         drawn.append(torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1))
     return torch.cat(drawn)
 

@@ -147,6 +147,19 @@ def test_processors_see_ids_and_run_in_order_after_the_bias() -> None:
     assert calls == [([3], 2.0), ([1, 2], [3], 3.0), ([3, 7], 2.0), ([1, 2], [3, 7], 3.0)]
 
 
+def test_a_processor_may_keep_its_row() -> None:
+    kept: list[torch.Tensor] = []
+
+    def keep(output_ids: list[int], row: torch.Tensor) -> torch.Tensor:
+        kept.append(row)
+        return row
+
+    params = SamplingParams(temperature=0.5, top_k=1, presence_penalty=1, logits_processors=[keep])
+    logits = normal_logits()
+    sample([Case(params, i, [1], [2]) for i in range(5)], logits)
+    np.testing.assert_array_equal(torch.stack(kept).numpy(), logits)
+
+
 class Method:
     def __init__(self) -> None:
         self.arguments = 0
