@@ -7,7 +7,9 @@ from aserve import LLM, SamplingParams
 llm = LLM("smollm2", max_model_len=2048)
 
 # %% One prompt, the most likely answer
-print(llm.generate("The largest planet is", SamplingParams(temperature=0, max_tokens=12))[0].outputs[0].text)
+print(
+    llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=12))[0].outputs[0].text
+)
 
 # %% Three different answers to one prompt, repeatable by their seed
 params = SamplingParams(n=3, temperature=1.2, seed=1, max_tokens=12)

@@ -38,7 +38,8 @@ class Server:
             *(sys.executable, "-m", "aserve", "serve", "smollm2"),
             *("--host", "127.0.0.1", "--port", "0", *flags),
         ]
-        self._environment = os.environ | (environment or {})
+        # One thread: two that spin for each other on busy cores are many times slower than one.
+        self._environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
         self._address: str | None = None
         self._lines: list[str] = []
         self._found = threading.Event()

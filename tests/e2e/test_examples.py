@@ -38,7 +38,7 @@ def test_offline() -> None:
 
 def test_notebook() -> None:
     text = run("notebook.py")
-    assert "Jupiter" in text
+    assert "Paris" in text
     assert text.count("length") + text.count("stop") >= 3
 
 
