@@ -8,20 +8,36 @@ reference's docstring gives it. ``ASERVE_CPU_ISA=reference`` keeps to the refere
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from aserve.ops import native, reference
 
 _chosen = reference if native.load() == "reference" else native
 
-copy_blocks = _chosen.copy_blocks
-fused_add_rms_norm = _chosen.fused_add_rms_norm
-gelu_and_mul = _chosen.gelu_and_mul
-greedy_logprob = _chosen.greedy_logprob
-paged_attention = _chosen.paged_attention
-rms_norm = _chosen.rms_norm
-rope_and_store = _chosen.rope_and_store
-rotary_embedding = _chosen.rotary_embedding
-silu_and_mul = _chosen.silu_and_mul
-store_kv = _chosen.store_kv
+if TYPE_CHECKING:
+    from aserve.ops.reference import (
+        copy_blocks,
+        fused_add_rms_norm,
+        gelu_and_mul,
+        greedy_logprob,
+        paged_attention,
+        rms_norm,
+        rope_and_store,
+        rotary_embedding,
+        silu_and_mul,
+        store_kv,
+    )
+else:
+    copy_blocks = _chosen.copy_blocks
+    fused_add_rms_norm = _chosen.fused_add_rms_norm
+    gelu_and_mul = _chosen.gelu_and_mul
+    greedy_logprob = _chosen.greedy_logprob
+    paged_attention = _chosen.paged_attention
+    rms_norm = _chosen.rms_norm
+    rope_and_store = _chosen.rope_and_store
+    rotary_embedding = _chosen.rotary_embedding
+    silu_and_mul = _chosen.silu_and_mul
+    store_kv = _chosen.store_kv
 kernels = native.report
 
 __all__ = [
