@@ -4,12 +4,13 @@
 # make test-slow    the tests that take minutes
 # make lint     ruff and mypy alone
 # make load     Locust against a running server  (HOST=, PORT=, USERS=, TIME=)
+# make readme   write the tables of arguments in the README anew
 # make clean    remove .venv and every cache
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup serve test test-slow lint load chromium clean
+.PHONY: setup serve test test-slow lint load readme chromium clean
 
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -93,6 +94,11 @@ test-slow: setup $(TEST_MODELS)
 
 load: $(INSTALLED)
 	$(VENV)/bin/locust -f load_tests/locustfile.py --headless --host 'http://$(HOST):$(PORT)' -u $(USERS) -r $(USERS) -t $(TIME)
+
+readme: $(INSTALLED)
+	$(PY) -c 'import re, pathlib; from aserve.config.table import render; \
+	    page = pathlib.Path("README.md"); marks = r"(<!-- arguments: [^>]*-->\n).*(<!-- end of arguments -->)"; \
+	    page.write_text(re.sub(marks, lambda m: m[1] + render() + m[2], page.read_text(), flags=re.S))'
 
 clean:
 	rm -rf $(VENV) aserve/_lib build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,3 +134,23 @@ def test_every_control_has_a_name(page: Browser) -> None:
         "!node.textContent.trim() && !node.labels?.length && !node.ariaLabel).map((node) => node.id)"
     )
     assert unnamed == []
+
+
+def test_a_key_can_be_entered_when_the_server_asks_for_one(tmp_path: Path) -> None:
+    flags = ("--host", "127.0.0.1", "--port", "0", "--api-key", "open-sesame")
+    command = [sys.executable, "-m", "tests.server.fake_server", "0.001", "loads", *flags]
+    with Server(command=command) as server, Browser(tmp_path / "profile") as page:
+        page.open(server.url + "/")
+        page.wait("document.querySelector('.error') !== null")
+        assert "API key" in page.evaluate("document.querySelector('.error').textContent")
+        assert page.evaluate("!document.getElementById('settings').hidden")
+        page.evaluate("document.getElementById('key').focus()")
+        page.type("open-sesame")
+        page.press("Enter")
+        page.wait(READY)
+        assert page.evaluate("document.querySelector('.error') === null")
+        page.evaluate("document.getElementById('prompt').focus()")
+        page.type("Hello")
+        page.press("Enter")
+        page.wait(DONE)
+        assert len(page.evaluate(ANSWER)) > 10
