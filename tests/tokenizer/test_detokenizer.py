@@ -226,6 +226,7 @@ def test_a_stripping_decoder_keeps_the_space_after_a_prompt() -> None:
     output = [3, 4, 6, 7, 4]
     assert "".join(pieces(Detokenizer(tokenizer, [5]), output)) == " Hi youé you"
     assert "".join(pieces(Detokenizer(tokenizer, [5, 6, 7]), output)) == " Hi youé you"
+    assert "".join(pieces(Detokenizer(tokenizer, [7, 5]), output)) == " Hi youé you"
     assert "".join(pieces(Detokenizer(tokenizer, []), output)) == "Hi youé you" == tokenizer.decode(output)
     assert "".join(pieces(Detokenizer(tokenizer, [5]), [1, 3])) == " Hi"
     assert "".join(pieces(Detokenizer(tokenizer, []), [2, 3])) == " Hi" == tokenizer.decode([2, 3])

@@ -62,8 +62,9 @@ def test_against_the_oracle(
         assert checker.text.startswith(shown), "text that was shown has been taken back"
         shown = checker.text
         if found is not None:
-            checker.finish(rest)  # has nothing to add any more
-            assert checker.text == shown
+            for ended in (checker, checker.fork()):
+                ended.finish(rest)  # has nothing to add any more
+                assert ended.text == shown
             return
     checker.finish(rest)
     assert checker.text == oracle.whole + rest
