@@ -24,8 +24,8 @@ _MASK64 = (1 << 64) - 1
 _HOTTEST = float(np.finfo(np.float32).max)
 """Every temperature near this makes all allowed tokens equally likely; an infinite one makes NaN."""
 
-_AT_ONCE = 1 << 21
-"""Probabilities added up at a time when drawing; more only costs memory."""
+_AT_ONCE = 1 << 18
+"""Probabilities that a CPU adds up at a time when drawing: few enough to stay in its cache."""
 
 
 class _Needs(enum.IntFlag):
@@ -202,14 +202,15 @@ class SamplerState:
             chosen = index[picked]
             where = torch.from_numpy(picked).to(logits.device)
             u = torch.from_numpy(uniforms(self._seeds[chosen], self._num_output[chosen])).to(logits.device)
-            token_ids[where] = _draw(logprobs if len(picked) == len(slots) else logprobs[where], u)
+            token_ids[where] = _draw(logits if len(picked) == len(slots) else logits[where], u)
         own = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)
         details = {}
         if every & _Needs.LOGPROBS:
             wanted = np.flatnonzero(needs & _Needs.LOGPROBS).tolist()
             counts = [self._rows[slots[i]].params.logprobs or 0 for i in wanted]
             where = torch.tensor(wanted, device=logits.device)
-            details = dict(zip(wanted, _details(logprobs[where], token_ids[where], counts), strict=True))
+            part = logprobs if len(wanted) == len(slots) else logprobs[where]
+            details = dict(zip(wanted, _details(part, token_ids[where], counts), strict=True))
         self._remember(needs, slots, index, token_ids)
         return Sampled(token_ids, own, details, failed)
 
@@ -294,15 +295,15 @@ def _heat(logits: torch.Tensor, highest: torch.Tensor, temperature: torch.Tensor
     logits.div_(temperature.unsqueeze(1))
 
 
-def _draw(logprobs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Tokens ``[R]`` at ``u`` (float64 ``[R]``, in [0, 1)) of the rows' cumulative distributions.
+def _draw(scores: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Tokens ``[R]`` at ``u`` (float64 ``[R]``, in [0, 1)) of the cumulative distributions of ``[R, V]``.
 
     That is the first token whose cumulative probability exceeds ``u``: never one of probability zero.
     """
     drawn = []
-    step = max(1, _AT_ONCE // logprobs.shape[1])
+    step = max(1, _AT_ONCE // scores.shape[1]) if scores.device.type == "cpu" else len(u)
     for at in range(0, len(u), step):
-        cumulative = logprobs[at : at + step].exp().cumsum(-1, dtype=torch.float64)
+        cumulative = scores[at : at + step].softmax(-1).cumsum(-1, dtype=torch.float64)
         # Below the last sum even after rounding, because u is at most 1 - 2**-53.
         target = u[at : at + step] * cumulative[:, -1]
         drawn.append(torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1))
