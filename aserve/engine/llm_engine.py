@@ -19,7 +19,6 @@ from aserve.config.model import ModelConfig
 from aserve.config.parallel import ParallelConfig
 from aserve.config.scheduler import SchedulerConfig
 from aserve.config.speculative import SpeculativeConfig
-from aserve.config.tokenizer_pool import TokenizerPoolConfig
 from aserve.config.vision import VisionLanguageConfig
 from aserve.core.scheduler import Scheduler, SchedulerLimits
 from aserve.core.sequence import SequenceGroup
@@ -66,7 +65,6 @@ class LLMEngine:
         executor_class: type[ExecutorBase],
         log_stats: bool,
         usage_context: UsageContext = UsageContext.ENGINE_CONTEXT,
-        tokenizer_pool_config: TokenizerPoolConfig | None = None,
     ) -> None:
         started = time.perf_counter()
         self.config = config = EngineConfig(
@@ -80,7 +78,7 @@ class LLMEngine:
             vision_language=vision_language_config,
             speculative=speculative_config,
             decoding=decoding_config or DecodingConfig(guided_decoding_backend="outlines"),
-            tokenizer_pool=tokenizer_pool_config,
+            tokenizer_pool=None,
         )
         self.model_config = model_config
         self.usage_context = usage_context
@@ -157,7 +155,6 @@ class LLMEngine:
             executor_class=registry.executors.load(config.parallel.executor),
             log_stats=log_stats,
             usage_context=usage_context,
-            tokenizer_pool_config=config.tokenizer_pool,
         )
 
     def __reduce__(self) -> NoReturn:
