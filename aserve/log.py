@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from aserve.errors import ConfigError
 
@@ -33,12 +32,20 @@ class LineFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(levelname)s %(asctime)s %(name)s: %(message)s", "%m-%d %H:%M:%S")
 
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = escape(record.message)
-        return super().formatMessage(record)
+    def format(self, record: logging.LogRecord) -> str:
+        # Not the base class's: it reuses the traceback that any handler before it left in the record.
+        record.message = record.getMessage()
+        record.asctime = self.formatTime(record, self.datefmt)
+        lines = [escape(self.formatMessage(record))]
+        if record.exc_info:
+            lines += self._indented(self.formatException(record.exc_info))
+        if record.stack_info:
+            lines += self._indented(self.formatStack(record.stack_info))
+        return "\n".join(lines)
 
-    def formatException(self, ei: Any) -> str:
-        return "\n".join("    " + escape(line) for line in super().formatException(ei).split("\n"))
+    @staticmethod
+    def _indented(text: str) -> list[str]:
+        return ["    " + escape(line) for line in text.split("\n")]
 
 
 def resolve_level(name: str) -> int:

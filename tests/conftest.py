@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +15,22 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 for _name in ("ASERVE_ARGS", "ASERVE_LOGGING_LEVEL", "ASERVE_API_KEY", "VLLM_API_KEY"):
     os.environ.pop(_name, None)
+
+# A busy machine draws slowly, which is no fault of a test.
+hypothesis.settings.register_profile(
+    "aserve", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("aserve")
+
+
+@pytest.fixture(autouse=True)
+def _unchanged_logger() -> Iterator[None]:
+    """Whatever a test does to aserve's logger ends with it."""
+    logger = logging.getLogger("aserve")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers, logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 def packaged(name: str) -> Path:

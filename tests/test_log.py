@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -10,14 +11,10 @@ from aserve.errors import ConfigError
 
 
 @pytest.fixture
-def written(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
+def written(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
     """aserve's logger as if never set up, and a call that returns what it has written since."""
-    logger = log.logger
-    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
-    logger.handlers = []
-    yield lambda: capsys.readouterr().err
-    logger.handlers, logger.propagate = handlers, propagate
-    logger.setLevel(level)
+    log.logger.handlers = []
+    return lambda: capsys.readouterr().err
 
 
 def test_level_comes_from_argument_then_environment(
@@ -55,6 +52,10 @@ def test_a_record_is_one_line_whatever_it_holds(written: Callable[[], str]) -> N
 
 
 def test_a_traceback_cannot_forge_a_record(written: Callable[[], str]) -> None:
+    # Another program's handler comes first and keeps its traceback in the record.
+    other = logging.StreamHandler(io.StringIO())
+    other.setFormatter(logging.Formatter())
+    log.logger.addHandler(other)
     log.setup()
     try:
         raise ValueError("bad\nINFO 01-01 00:00:00 aserve: all is well")

@@ -124,8 +124,7 @@ def test_llm_generate() -> None:
 def test_llm_engine_init() -> None:
     parameters = named(aserve.LLMEngine.__init__)
     assert list(parameters) == LLM_ENGINE_INIT
-    given = {name for name, default in parameters.items() if default is not REQUIRED}
-    assert given == {"usage_context"}
+    assert {name for name, default in parameters.items() if default is not REQUIRED} == {"usage_context"}
 
 
 def test_async_engine_init() -> None:
