@@ -27,7 +27,7 @@ from aserve.config.server import ServerArgs
 from aserve.errors import ConfigError
 from aserve.server import pipelining
 from aserve.server.app import create_app
-from aserve.server.cli import announce
+from aserve.server.cli import announce, calm_threads
 
 ARGS_VARIABLE = "ASERVE_ARGS"
 
@@ -80,6 +80,7 @@ def make_app() -> object:
     engine_args, server_args = parse_serve_args(argv, prog=ARGS_VARIABLE)
     log.setup(server_args.log_level)
     announce(server_args, engine_args)
+    calm_threads()
     warn_of_hypercorns(server_args)
     return create_app(engine_args, server_args)
 

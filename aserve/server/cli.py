@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 from typing import Any
 
@@ -42,12 +43,23 @@ def serve(argv: list[str]) -> int:
         engine_args, server_args = parse_serve_args(argv)
         log.setup(server_args.log_level)
         announce(server_args, engine_args)
+        calm_threads()
         from aserve.server.serve import run  # imports torch: not before the arguments are known to parse
 
         return run(engine_args, server_args)
     except ConfigError as error:
         print(f"aserve: {error}", file=sys.stderr)
         return 2
+
+
+def calm_threads() -> None:
+    """Makes OpenMP's threads sleep while they wait for each other, unless the environment says otherwise.
+
+    A server's own loop, and whatever else the machine runs, takes a core from them now and then. A
+    thread that spins for a sibling without a core burns the time that sibling needs: every one of a
+    step's hundreds of parallel regions then costs a time slice. Must come before torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def announce(*settings: Any) -> None:
