@@ -2,6 +2,7 @@
 # make serve    serve the embedded model on http://127.0.0.1:8000  (HOST=, PORT=, ASERVE_ARGS='--model ...')
 # make test     lint, type checks and every test but the slow ones
 # make test-slow    the tests that take minutes
+# make fuzz     random histories of the scheduler for as long as EXAMPLES= says
 # make lint     ruff and mypy alone
 # make load     Locust against a running server  (HOST=, PORT=, USERS=, TIME=)
 # make readme   write the tables of arguments in the README anew
@@ -10,13 +11,14 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup serve test test-slow lint load readme chromium clean
+.PHONY: setup serve test test-slow fuzz lint load readme chromium clean
 
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
 USERS ?= 200
 TIME ?= 60s
+EXAMPLES ?= 12500
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -91,6 +93,9 @@ test: setup $(TEST_MODELS) chromium lint
 
 test-slow: setup $(TEST_MODELS)
 	$(PY) -m pytest -m slow
+
+fuzz: $(INSTALLED)
+	ASERVE_FUZZ_EXAMPLES=$(EXAMPLES) $(PY) -m pytest tests/core/test_scheduler_machine.py --timeout 0
 
 load: $(INSTALLED)
 	$(VENV)/bin/locust -f load_tests/locustfile.py --headless --host 'http://$(HOST):$(PORT)' -u $(USERS) -r $(USERS) -t $(TIME)
