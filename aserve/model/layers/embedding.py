@@ -32,10 +32,18 @@ class TiedLinear(Linear):
         return F.linear(x, self.embedding.weight)
 
 
+_WIDE_BYTES = 256 << 20
+"""A head whose float32 copy is no larger than this keeps one, on a CPU."""
+
+
 class OutputHead:
     """Hidden states to logits.
 
-    ``softcap`` bounds them: ``softcap * tanh(logits / softcap)`` (Gemma 2).
+    Half-precision products round logits to 8 or 11 bits, and likely tokens then tie: a small model's
+    greedy answer is decided by the rounding. On a CPU a head that is small enough is therefore computed
+    from a float32 copy of its weights.
+
+    ``softcap`` bounds the logits: ``softcap * tanh(logits / softcap)`` (Gemma 2).
     """
 
     def __init__(
@@ -44,10 +52,23 @@ class OutputHead:
         rows, width = embedding.weight.shape
         self.linear: Linear = TiedLinear(embedding) if tied else build.linear({name: rows}, width)
         self.softcap = softcap
+        self._wide: torch.Tensor | None = None
+        self._weight = embedding.weight if tied else getattr(self.linear, "weight", None)
+        build.on_loaded(self._widen)
+
+    def _widen(self) -> None:
+        weight = self._weight
+        if weight is None or weight.device.type != "cpu" or weight.dtype is torch.float32:
+            return
+        if weight.numel() * torch.float32.itemsize <= _WIDE_BYTES:
+            self._wide = weight.float()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[N, width]`` to float32 ``[N, rows]``."""
-        logits = self.linear.apply(hidden).float()
+        if self._wide is not None:
+            logits = F.linear(hidden.float(), self._wide)
+        else:
+            logits = self.linear.apply(hidden).float()
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
