@@ -140,7 +140,9 @@ class LLMEngine:
         config: EngineConfig,
         log_stats: bool,
         usage_context: UsageContext = UsageContext.ENGINE_CONTEXT,
+        executor_class: type[ExecutorBase] | None = None,
     ) -> LLMEngine:
+        """The same for a configuration that has been checked already; it names the executor if you do not."""
         return cls(
             config.model,
             config.cache,
@@ -152,7 +154,7 @@ class LLMEngine:
             config.vision_language,
             config.speculative,
             config.decoding,
-            executor_class=registry.executors.load(config.parallel.executor),
+            executor_class=executor_class or registry.executors.load(config.parallel.executor),
             log_stats=log_stats,
             usage_context=usage_context,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 
@@ -84,17 +84,3 @@ class OutputKind(enum.Enum):
     """Only what is new since the last one taken (what the HTTP server streams)."""
     FINAL_ONLY = enum.auto()
     """One output, when the request has ended (what ``LLM.generate`` waits for)."""
-
-
-@dataclass
-class EngineRequest:
-    """A validated, tokenised request on its way into the core."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: Any
-    arrival_time: float
-    lora_request: LoRARequest | None = None
-    multi_modal_data: MultiModalData | None = None
-    extra: dict[str, Any] = field(default_factory=dict)

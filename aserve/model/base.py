@@ -20,10 +20,12 @@ class Model(ABC):
     """A decoder: token ids in, hidden states and logits out, keys and values in a paged cache.
 
     Weights are plain tensors without gradients. Subclasses create their layers with ``self.build`` and
-    set ``self.head`` and ``self.kv_shapes``.
+    set ``self.head``, ``self.tied`` and ``self.kv_shapes``.
     """
 
     head: OutputHead
+    tied: bool
+    """Whether the head reads the embedding's weights; a checkpoint's copy of them is then not used."""
     kv_shapes: list[tuple[int, int]]
     """(KV heads, head size) of each layer."""
 
@@ -51,7 +53,8 @@ class Model(ABC):
 
     def rename(self, name: str) -> str | None:
         """The name this model knows for a checkpoint's ``name``; None for a tensor it does not use."""
-        return None if name.endswith("rotary_emb.inv_freq") else name
+        unused = name.endswith("rotary_emb.inv_freq") or (self.tied and name == "lm_head.weight")
+        return None if unused else name
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Fills every weight; names are those transformers saves.

@@ -60,11 +60,6 @@ class Gemma3ForCausalLM(Model):
         )
         self.kv_shapes = [(hf.num_key_value_heads, hf.head_dim)] * hf.num_hidden_layers
 
-    def rename(self, name: str) -> str | None:
-        if self.tied and name == "lm_head.weight":
-            return None
-        return super().rename(name)
-
     def forward(
         self,
         token_ids: torch.Tensor,

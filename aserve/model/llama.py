@@ -52,11 +52,6 @@ class LlamaForCausalLM(Model):
         self.head = OutputHead(self.build, "lm_head", self.embedding, self.tied)
         self.kv_shapes = [(hf.num_key_value_heads, head_size)] * hf.num_hidden_layers
 
-    def rename(self, name: str) -> str | None:
-        if self.tied and name == "lm_head.weight":
-            return None
-        return super().rename(name)
-
     def forward(
         self,
         token_ids: torch.Tensor,

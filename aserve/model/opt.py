@@ -66,8 +66,6 @@ class OPTForCausalLM(Model):
         self.kv_shapes = [(hf.num_attention_heads, head_size)] * hf.num_hidden_layers
 
     def rename(self, name: str) -> str | None:
-        if self.tied and name == "lm_head.weight":
-            return None
         if name.startswith("decoder."):  # saved from the model without its head
             name = f"model.{name}"
         return super().rename(name)

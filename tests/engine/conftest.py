@@ -33,20 +33,8 @@ def build(checkpoint: Path, **options: Any) -> LLMEngine:
     arguments, fake = split(options)
     arguments = {"load_format": "dummy", "max_num_seqs": 8, "block_size": 8, **arguments}
     config = AsyncEngineArgs(model=str(checkpoint), **arguments).create_engine_config()
-    return LLMEngine(
-        config.model,
-        config.cache,
-        config.parallel,
-        config.scheduler,
-        config.device,
-        config.load,
-        config.lora,
-        config.vision_language,
-        config.speculative,
-        config.decoding,
-        executor_class=partial(FakeExecutor, **fake),  # type: ignore[arg-type]
-        log_stats=True,
-    )
+    executor: Any = partial(FakeExecutor, **fake)
+    return LLMEngine.from_config(config, log_stats=True, executor_class=executor)
 
 
 @pytest.fixture

@@ -25,11 +25,11 @@ class TiedLinear(Linear):
 
     def __init__(self, embedding: Embedding) -> None:
         super().__init__({}, embedding.weight.shape[1])
-        self.embedding = embedding
+        self.weight = embedding.weight
         self.out_features = embedding.weight.shape[0]
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.embedding.weight)
+        return F.linear(x, self.weight)
 
 
 _WIDE_BYTES = 256 << 20
@@ -53,11 +53,10 @@ class OutputHead:
         self.linear: Linear = TiedLinear(embedding) if tied else build.linear({name: rows}, width)
         self.softcap = softcap
         self._wide: torch.Tensor | None = None
-        self._weight = embedding.weight if tied else getattr(self.linear, "weight", None)
         build.on_loaded(self._widen)
 
     def _widen(self) -> None:
-        weight = self._weight
+        weight = getattr(self.linear, "weight", None)  # packed linears have none
         if weight is None or weight.device.type != "cpu" or weight.dtype is torch.float32:
             return
         if weight.numel() * torch.float32.itemsize <= _WIDE_BYTES:
