@@ -22,6 +22,10 @@ namespace {
 
 #include "attention.inl"
 
+#include "dense.inl"
+
+#include "quant.inl"
+
 constexpr Kernels table = {"avx2", norm, rotary, store_kv, attention, gated, greedy_logprob};
 
 }  // namespace

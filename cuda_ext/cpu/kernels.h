@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "linear.h"
+
 namespace aserve {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };

@@ -1,0 +1,1 @@
+// Quantised linear layers: GGUF weights kept packed, int8 activations.
