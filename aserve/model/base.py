@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +12,15 @@ import torch
 from aserve.attention.base import AttentionMetadata, KVCache
 from aserve.model.layers.embedding import OutputHead
 from aserve.model.layers.linear import Build
+from aserve.model.layers.norm import RMSNorm
+from aserve.model.weights import Value
+from aserve.ops import packed
+from aserve.ops.decoder import DecoderStack, LayerSpec
 
 if TYPE_CHECKING:
     from aserve.config.model import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 
 class Model(ABC):
@@ -31,7 +38,13 @@ class Model(ABC):
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.config = config
-        self.build = Build(device, dtype)
+        self.build = Build(
+            device,
+            dtype,
+            packed=device.type == "cpu" and packed.available(),
+            quantized=config.quantization == "gguf",
+        )
+        self._stack: DecoderStack | None = None
 
     @property
     def num_layers(self) -> int:
@@ -56,13 +69,29 @@ class Model(ABC):
         unused = name.endswith("rotary_emb.inv_freq") or (self.tied and name == "lm_head.weight")
         return None if unused else name
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Value]]) -> None:
         """Fills every weight; names are those transformers saves.
 
         ConfigError: a name is missing or unexpected, or a shape differs.
         """
         self.build.table.fill(weights, self.rename)
         self.build.finish()
+        self._stack = self._make_stack() if self.build.packed else None
+
+    def native_layers(self) -> tuple[Sequence[LayerSpec], RMSNorm] | None:
+        """The layers and the norm after them, for the native decoder; None where it does not know them."""
+        return None
+
+    def _make_stack(self) -> DecoderStack | None:
+        native = self.native_layers()
+        if native is None:
+            return None
+        layers, norm = native
+        reason = DecoderStack.refusal(layers)
+        if reason is not None:
+            logger.info("the layers run one operation at a time: %s", reason)
+            return None
+        return DecoderStack(layers, norm.weight.float(), norm.eps)
 
 
 def layer_window(hf_config: Any, layer: int) -> int | None:
