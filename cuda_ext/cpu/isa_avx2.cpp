@@ -26,7 +26,10 @@ namespace {
 
 #include "quant.inl"
 
-constexpr Kernels table = {"avx2", norm, rotary, store_kv, attention, gated, greedy_logprob};
+#include "linear.inl"
+
+constexpr Kernels table = {"avx2", norm, rotary, store_kv, attention, gated, greedy_logprob,
+                           linear_kernels, packed_linear, packed_rows};
 
 }  // namespace
 
