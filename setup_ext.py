@@ -136,6 +136,7 @@ def units(tools: Toolchain) -> list[Unit]:
         Unit(SOURCES / "bind_cpu.cpp", binding),
         Unit(cpu / "dispatch.cpp", plain),
         Unit(cpu / "copy.cpp", plain),
+        Unit(cpu / "limits.cpp", plain),
     ]
 
 
