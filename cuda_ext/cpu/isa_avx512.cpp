@@ -20,6 +20,8 @@ namespace {
 
 #include "attention_tile.inl"
 
+#include "attention_plan.inl"
+
 #include "attention.inl"
 
 #include "dense.inl"
