@@ -97,7 +97,7 @@ class BatchState:
             query_start_host=query_start.tolist(),
             seq_lens_host=seq_lens.tolist(),
         )
-        token_ids = self._flat[self._move(row_slots * self._width + positions)]
+        token_ids = self._flat[self._move(row_slots * self._width + positions)].long()
         return ModelInputs(token_ids, self._move(positions), metadata, query_start[1:] - 1)
 
     def store_drawn(self, plan: StepPlan, token_ids: torch.Tensor) -> None:
