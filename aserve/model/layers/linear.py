@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 
+from aserve.model.weights import QuantizedTensor, Value, WeightTable
 from aserve.ops import packed
 from aserve.ops.packed import PackedWeight
-from aserve.model.weights import QuantizedTensor, Value, WeightTable
 
 
 class Linear(ABC):
