@@ -51,6 +51,8 @@ ALLOWED: dict[str, set[str]] = {
     # 8: what people call
     "llm": SETTINGS | {"engine", "metrics"},
     "server": SETTINGS | {"engine", "metrics"},
+    "bench": SETTINGS | {"engine", "llm", "ops", "tokenizer"},
+    "simulate": SETTINGS | {"core", "bench"},
     # 9: entry points
     "app": SETTINGS | {"server"},
     "__main__": {"server"},
@@ -60,8 +62,12 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED_MODULES = {"server": {"aserve.tokenizer.chat", "aserve.__version__"}}
 """Single modules of a room that is otherwise closed."""
 
-ALLOWED_INSIDE_FUNCTIONS = {"executor": {"worker"}}
-"""The thread or process that runs a worker is the one that imports it."""
+ALLOWED_INSIDE_FUNCTIONS = {
+    "executor": {"worker"},
+    "server": {"bench", "simulate"},
+    "simulate": {"llm", "engine"},
+}
+"""The thread or process that runs a worker is the one that imports it; a command is imported to be run."""
 
 PURE = {"torch", "transformers", "asyncio", "threading"}
 DEVICE = {"torch", "transformers"}
@@ -73,6 +79,7 @@ FORBIDDEN: dict[str, set[str]] = {
     **dict.fromkeys(("model", "worker", *COMPUTE), WEB),
     "engine": DEVICE | {"quart", "hypercorn", "sse_starlette"},
     "server": DEVICE,
+    "simulate": DEVICE,
 }
 """Packages a room may not import anywhere, not even inside a function."""
 
