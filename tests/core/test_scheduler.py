@@ -24,7 +24,14 @@ class Driver:
         }
         self.limits = SchedulerLimits(**{**defaults, **limits})
         self.scheduler = Scheduler(self.limits)
-        self.worker = MemoryWorker(self.limits.num_blocks, self.limits.block_size, self.limits.max_num_seqs)
+        self.worker = MemoryWorker(
+            self.limits.num_blocks,
+            self.limits.block_size,
+            self.limits.max_num_seqs,
+            self.limits.num_swap_blocks,
+            self.limits.window,
+            self.limits.num_lookahead_slots,
+        )
         self.overlap = overlap
         self.issued = []
         self.now = 0.0
