@@ -181,7 +181,7 @@ class BlockManager:
         blocks are published to contain, or a token not known here yet, whose block is therefore not full
         of known tokens and not published.
         """
-        if not self.prefix_caching:
+        if not self.prefix_caching or not seq.blocks:
             return
         full = min(seq.num_computed, len(seq.token_ids)) // self.block_size
         while seq.num_published < full:

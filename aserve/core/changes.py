@@ -20,10 +20,14 @@ class TokenUpdate:
 
 @dataclass(slots=True)
 class Commit:
-    """What a finished step changed, in the order it is to be told."""
+    """What a finished step changed, in the order it is to be told.
+
+    prompt_tokens: tokens of prompts it took care of, those found in the prefix cache included.
+    """
 
     tokens: list[TokenUpdate] = field(default_factory=list)
     failed: list[tuple[SequenceGroup, str]] = field(default_factory=list)
+    prompt_tokens: int = 0
 
 
 @dataclass(slots=True)

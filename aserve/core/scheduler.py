@@ -166,7 +166,7 @@ class Scheduler:
         ticket: Ticket = plan.ticket
         if ticket.prefilled:
             self._last_prompt_duration = now - ticket.started
-        changes = Commit()
+        changes = Commit(prompt_tokens=ticket.prompt_tokens)
         for row, entries in (result.prompt_logprobs or {}).items():
             # Entry i is about token starts[row] + 1 + i; a recomputed prompt brings some a second time.
             have = ticket.rows[row].group.prompt_logprobs
@@ -325,9 +325,7 @@ class Scheduler:
     def _may_admit(self, group: SequenceGroup, now: float) -> bool:
         factor = self.limits.delay_factor
         return (
-            factor <= 0
-            or not self.running
-            or now - group.arrival_time > factor * self._last_prompt_duration
+            factor <= 0 or not self.running or now - group.arrival_time > factor * self._last_prompt_duration
         )
 
     def _start(self, group: SequenceGroup, seqs: list[Sequence], slots: int, now: float) -> None:
@@ -341,9 +339,9 @@ class Scheduler:
         group.reserved_slots = [self._free_slots.pop() for _ in range(slots - len(seqs))]
 
     def _count_cached(self, group: SequenceGroup, step: PlanBuilder) -> None:
+        group.num_cached_tokens = group.seqs[0].num_computed
         if not self.limits.prefix_caching or group.wants_prompt_logprobs:
             return
-        group.num_cached_tokens = group.seqs[0].num_computed
         step.cached_tokens += group.num_cached_tokens
         self.prefix_counts.queries += group.num_prompt_tokens
         self.prefix_counts.hits += group.num_cached_tokens

@@ -154,7 +154,8 @@ class SequenceGroup:
     cache_salt: the prefix cache is shared only among requests with an equal one.
     image_hash: stands for the image that the prompt's image tokens mean.
     swapped: whether it waits with its keys and values in host memory.
-    num_cached_tokens: prompt tokens that were not computed because the prefix cache had them.
+    num_cached_tokens: prompt tokens that were not computed because the prefix cache had them; None
+        before the request has started.
     """
 
     request_id: str
@@ -180,7 +181,7 @@ class SequenceGroup:
     last_token_time: float | None = None
     num_preemptions: int = 0
     swapped: bool = False
-    num_cached_tokens: int = 0
+    num_cached_tokens: int | None = None
     stop_ids: frozenset[int] = frozenset()
     max_known: int = 0
     width: int = 1
