@@ -1,4 +1,4 @@
-"""The threads that kernels run on: a program that hammers them, and operations called from several threads."""
+"""The threads that kernels run on: a program that hammers them, and operations from several threads."""
 
 from __future__ import annotations
 
@@ -89,13 +89,15 @@ import os
 import torch
 from aserve.ops import native
 torch.set_num_threads(2)
-x, w = torch.randn(400, 300), torch.randn(300)
+x, w = torch.randn(100, 300), torch.randn(300)
 before = native.rms_norm(x, w, 1e-5)
 child = os.fork()
 after = native.rms_norm(x, w, 1e-5)
-assert torch.equal(before, after)
-if child != 0:
-    assert os.waitpid(child, 0)[1] == 0
+same = bool((before - after).abs().max() == 0)
+if child == 0:
+    os._exit(0 if same else 1)  # torch's own handlers at exit wait for threads that the fork left behind
+assert same
+assert os.waitpid(child, 0)[1] == 0
 """
 
 
