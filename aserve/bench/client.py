@@ -8,6 +8,7 @@ response's first token and for its last event. Connections are kept alive from o
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import ssl
 import time
@@ -159,7 +160,7 @@ class _Events(_Body):
             start=started,
             ttft=times[0] - started,
             latency=times[-1] - started,
-            itl=[after - before for before, after in zip(times, times[1:], strict=False)],
+            itl=[after - before for before, after in itertools.pairwise(times)],
             prompt_tokens=usage.get("prompt_tokens", 0),
             output_tokens=usage.get("completion_tokens", len(times)),
         )

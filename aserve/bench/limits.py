@@ -83,7 +83,8 @@ def read_rate(
     )
     if status != 0:
         raise ConfigError("this machine's memory cannot be measured: it has no AVX2")
-    return total / (statistics.median(seconds) if cold else min(seconds))
+    took = statistics.median(seconds) if cold else min(seconds)
+    return float(total / took)
 
 
 def memory_of(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
