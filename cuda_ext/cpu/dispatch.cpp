@@ -48,8 +48,9 @@ bool select_kernels(const char* name) {
   return true;
 }
 
-void* thread_scratch(size_t bytes) {
-  static thread_local Scratch scratch;
+void* thread_scratch(size_t bytes, int slot) {
+  static thread_local Scratch slots[2];
+  Scratch& scratch = slots[slot];
   if (scratch.size < bytes) {
     std::free(scratch.data);
     const size_t rounded = (bytes + 4095) / 4096 * 4096;

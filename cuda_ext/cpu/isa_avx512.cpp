@@ -20,13 +20,18 @@ namespace {
 
 #include "attention_tile.inl"
 
+#include "attention_plan.inl"
+
 #include "attention.inl"
 
 #include "dense.inl"
 
 #include "quant.inl"
 
-constexpr Kernels table = {"avx512", norm, rotary, store_kv, attention, gated, greedy_logprob};
+#include "linear.inl"
+
+constexpr Kernels table = {"avx512", norm, rotary, store_kv, attention, gated, greedy_logprob,
+                           linear_kernels, packed_linear, packed_rows};
 
 }  // namespace
 

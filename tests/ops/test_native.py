@@ -17,7 +17,7 @@ import torch
 
 from aserve import ops
 from aserve.errors import ConfigError
-from aserve.ops import native
+from aserve.ops import native, packed
 from tests.ops.conftest import ROOT, run_build
 
 
@@ -201,6 +201,9 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         ),
         "gated": (x, 0, x[:, :8].clone()),
         "copy_blocks": (cache, torch.tensor([[0, 1]])),
+        "pack_dense": (x, packed.allocate(16 * 64)),
+        "packed_linear": (x, packed.allocate(16 * 64), weight[:5], 0, 5, 16, torch.randn(2, 5)),
+        "packed_rows": (slots[:1], packed.allocate(16 * 64), 0, 5, 16, torch.randn(1, 16)),
         "greedy_logprob": (x, torch.zeros(2, dtype=torch.int64), torch.zeros(2)),
     }
 
