@@ -114,8 +114,8 @@ def _rows(rows: list[dict[str, Any]]) -> list[str]:
 
 def _floors(found: dict[str, Any], rows: list[dict[str, Any]], peaks: dict[str, float]) -> list[str]:
     lines = [
-        f"A decode step reads {found['weight_bytes'] / 1e6:.1f} MB of weights. A plain read of the same bytes "
-        f"in the same process: {found['read_gb_per_s']:.1f} GB/s warm, {found['cold_read_gb_per_s']:.1f} cold."
+        f"A decode step reads {found['weight_bytes'] / 1e6:.1f} MB of weights. A plain read of them in the "
+        f"same process: {found['read_gb_per_s']:.1f} GB/s warm, {found['cold_read_gb_per_s']:.1f} cold."
     ]
     floor = found["weight_bytes"] / found["read_gb_per_s"] / 1e6
     for row in rows:

@@ -166,7 +166,7 @@ async def _measure(
         {"Authorization": f"Bearer {key}"} if key else {},
     )
     try:
-        models = await _wait_for(client, options.ready_check_timeout_sec)
+        models = await wait_for(client, options.ready_check_timeout_sec)
         model = options.model or models["data"][0]["id"]
         chat = options.endpoint.endswith("chat/completions")
         requests = _requests(options, model, chat)
@@ -274,7 +274,7 @@ def payload(
     return body
 
 
-async def _wait_for(client: Client, seconds: float) -> Any:
+async def wait_for(client: Client, seconds: float) -> Any:
     """The server's list of models. OSError or ValueError: none within ``seconds``."""
     deadline = time.monotonic() + seconds
     while True:

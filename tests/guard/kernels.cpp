@@ -76,7 +76,7 @@ void report(const std::string& name, const std::function<void()>& work) {
 }
 
 void linear(const std::string& name, Format format, int64_t rows) {
-  constexpr int64_t kColumns = 512, kOutputs = 192;
+  constexpr int64_t kColumns = 256, kOutputs = 96;
   const LinearKernels& kernels = aserve::kernels()->linear;
   PackedWeight weight{format, kOutputs, kColumns, nullptr, nullptr};
   Buffer data(weight.groups() * group_bytes(format, kColumns));
@@ -145,12 +145,12 @@ void elementwise() {
   GatedArgs gated{x.data, out.data, {1, 1, 2 * kSize, 0}, kSize, DType::bf16};
   report("silu_and_mul", [&] { kernels()->gated(gated, Activation::silu, kOneThread); });
 
-  constexpr int64_t kVocabulary = 16384;
+  constexpr int64_t kVocabulary = 4096;
   Buffer logits(kVocabulary * 4, 0x3c);
   int64_t token = 0;
   float logprob = 0;
   LogprobArgs greedy{logits.data, &token, &logprob, 1, kVocabulary, kVocabulary, DType::f32};
-  report("greedy_logprob of 16384", [&] { kernels()->greedy_logprob(greedy, kOneThread); });
+  report("greedy_logprob of 4096", [&] { kernels()->greedy_logprob(greedy, kOneThread); });
 }
 
 }  // namespace
@@ -161,13 +161,13 @@ int main(int argc, char** argv) {
     return 2;
   }
   if (!select_kernels(argv[1])) return 3;  // this CPU lacks the level
-  if (0) for (const int64_t rows : {1, 8, 32}) linear("q4_1", Format::q4_1, rows);
-  if (0) linear("q8_0", Format::q8_0, 1);
-  if (0) linear("q4_k", Format::q4_k, 1);
-  if (0) linear("q6_k", Format::q6_k, 1);
+  for (const int64_t rows : {1, 8, 32}) linear("q4_1", Format::q4_1, rows);
+  linear("q8_0", Format::q8_0, 1);
+  linear("q4_k", Format::q4_k, 1);
+  linear("q6_k", Format::q6_k, 1);
   for (const int64_t rows : {1, 32}) linear("bf16", Format::bf16, rows);
-  attention("decode of 256", 1, 256);
-  attention("prefill of 48", 48, 48);
+  attention("decode of 128", 1, 128);
+  attention("prefill of 16", 16, 16);
   elementwise();
   return 0;
 }
