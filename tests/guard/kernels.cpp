@@ -4,7 +4,7 @@
 // stop to the other. That needs no performance counters (virtual machines rarely have them) and no
 // emulator that knows AVX-512 (valgrind does not).
 //
-// usage: kernels LEVEL   prints "case instructions" lines
+// usage: kernels LEVEL   (avx2, avx512, avx512vnni) prints "case instructions" lines
 #include <signal.h>
 #include <sys/ptrace.h>
 #include <sys/wait.h>
@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "quant.h"
 
 using namespace aserve;
 
@@ -77,6 +78,7 @@ void report(const std::string& name, const std::function<void()>& work) {
 
 void linear(const std::string& name, Format format, int64_t rows) {
   constexpr int64_t kColumns = 256, kOutputs = 96;
+  if (!known_format(static_cast<int64_t>(format))) return;
   const LinearKernels& kernels = aserve::kernels()->linear;
   PackedWeight weight{format, kOutputs, kColumns, nullptr, nullptr};
   Buffer data(weight.groups() * group_bytes(format, kColumns));
@@ -160,11 +162,15 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "usage: kernels LEVEL\n");
     return 2;
   }
-  if (!select_kernels(argv[1])) return 3;  // this CPU lacks the level
+  const std::string level = argv[1];
+  const bool vnni = level == "avx512vnni";
+  if (!select_kernels(vnni ? "avx512" : argv[1]) || (vnni && !quant_vnni())) return 3;  // not on this CPU
+  quant_allow_vnni(vnni);
   for (const int64_t rows : {1, 8, 32}) linear("q4_1", Format::q4_1, rows);
   linear("q8_0", Format::q8_0, 1);
   linear("q4_k", Format::q4_k, 1);
   linear("q6_k", Format::q6_k, 1);
+  if (vnni) return 0;  // nothing else uses it
   for (const int64_t rows : {1, 32}) linear("bf16", Format::bf16, rows);
   attention("decode of 128", 1, 128);
   attention("prefill of 16", 16, 16);

@@ -26,6 +26,7 @@ FIGURES = HERE / "figures.json"
 MARGIN = 1.05
 RENEW = "python -m tests.guard.measure --renew"
 NO_LEVEL = 3
+CANNOT_COUNT = 3
 
 Counts = dict[str, int]
 
@@ -148,10 +149,10 @@ def main() -> int:
                 found = counter(Path(name))
             except CannotCountError as error:
                 print(f"{kind}: cannot be counted here: {error}", file=sys.stderr)
-                return 3
+                return CANNOT_COUNT
             for case, count in found.items():
                 before = f"{count / known[case] - 1:+.1%}" if known and case in known else "new"
-                print(f"{case:<44}{count:>10}  {before}")
+                print(f"{case:<44}{count:>10}  {before}", flush=True)
             if options.renew:
                 figures.setdefault(kind, {})[key] = found
             else:
