@@ -49,12 +49,14 @@ def bf16_of(gguf: str) -> Path:
 
         from aserve.gguf.config import read_config
         from aserve.model.loader.gguf import read_weights
+        from aserve.model.weights import QuantizedTensor
 
         config = read_config(gguf)
         config.dtype = torch.bfloat16
-        weights = {
-            name: tensor.to(torch.bfloat16).contiguous() for name, tensor in read_weights(gguf, torch.float32)
-        }
+        weights = {}
+        for name, value in read_weights(gguf):
+            tensor = value.dequantize(torch.bfloat16) if isinstance(value, QuantizedTensor) else value
+            weights[name] = tensor.to(torch.bfloat16).contiguous()
         _write(folder / "config.json", config.to_json_string(use_diff=False).encode())
         _write(folder / "model.safetensors", save(weights, {"format": "pt"}))
     return folder

@@ -22,16 +22,16 @@ def worker_of(llm: LLM) -> Worker:
 def read_by_a_step(llm: LLM) -> list[torch.Tensor]:
     """The weights that every decode step reads whole: all matrices but an embedding that only gives rows.
 
-    A tied embedding is read by the head and counts; a head that keeps a float32 copy reads that instead.
+    A tied embedding is read by the head and counts, or its float32 copy where it keeps one.
     """
     model: Any = worker_of(llm).model
     found: dict[int, torch.Tensor] = {}
     seen: set[int] = set()
-    skipped = {id(model.embedding)} if hasattr(model, "embedding") else set()
-    head: Any = getattr(model, "head", None)
-    if getattr(head, "_wide", None) is not None:
-        skipped.add(id(head.linear))
-    _collect(model, found, seen | skipped)
+    if not model.tied:
+        seen.add(id(model.embedding))
+    elif getattr(model.embedding, "_wide", None) is not None:
+        seen.add(id(model.embedding.weight))
+    _collect(model, found, seen)
     return list(found.values())
 
 
