@@ -50,34 +50,56 @@ inline void request(const char* const* rows, int part, int parts) {
   turn(words);
 }
 
+// sum[0][m] += even and sum[1][m] += odd features of a word of W keys times query m.
+template <typename T, int M>
+[[gnu::always_inline]] inline void add_word(const float* const (&query)[M], int index, Words word, V (&sum)[2][M]) {
+  if constexpr (sizeof(T) == 4) {
+    const V key = low(static_cast<const T*>(nullptr), word);
+    V(&chain)[M] = sum[index % 2];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) chain[m] = fma(set1(query[m][index]), key, chain[m]);
+  } else {
+    const V even = low(static_cast<const T*>(nullptr), word), odd = high(static_cast<const T*>(nullptr), word);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) sum[0][m] = fma(set1(query[m][2 * index]), even, sum[0][m]);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) sum[1][m] = fma(set1(query[m][2 * index + 1]), odd, sum[1][m]);
+  }
+}
+
 // scores[m, 0 : W] = query[m] . key, m < M, for W keys: each word is used where it comes up.
 template <typename T, int M>
 inline void score_keys(const float* query, const char* const* rows, const char* const* ahead, int head_size,
                        float* scores) {
   constexpr int kEach = 4 / sizeof(T);  // features of a word
   V sum[2][M];
-  for (int m = 0; m < M; m++) sum[0][m] = sum[1][m] = zero();
+  const float* q[M];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+    sum[0][m] = sum[1][m] = zero();
+    q[m] = query + m * head_size;
+  }
   const int words = head_size / kEach, parts = (words + W - 1) / W;
-  for (int first = 0; first < words; first += W) {
+  int first = 0;
+  for (; first + W <= words; first += W) {
     Words word[W];
-    const int count = words - first < W ? words - first : W;
-    read_words(rows, first, count, word);
+    read_words(rows, first, W, word);
     request(ahead, first / W, parts);
 #pragma GCC unroll 16
-    for (int i = 0; i < W; i++) {
-      if (i >= count) break;
-      const float* q = query + (first + i) * kEach;
-      if constexpr (kEach == 1) {
-        const V key = low(static_cast<const T*>(nullptr), word[i]);
-        for (int m = 0; m < M; m++) sum[i % 2][m] = fma(set1(q[m * head_size]), key, sum[i % 2][m]);
-      } else {
-        const V even = low(static_cast<const T*>(nullptr), word[i]);
-        const V odd = high(static_cast<const T*>(nullptr), word[i]);
-        for (int m = 0; m < M; m++) sum[0][m] = fma(set1(q[m * head_size]), even, sum[0][m]);
-        for (int m = 0; m < M; m++) sum[1][m] = fma(set1(q[m * head_size + 1]), odd, sum[1][m]);
-      }
+    for (int i = 0; i < W; i++) add_word<T, M>(q, i, word[i], sum);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) q[m] += W * kEach;
+  }
+  if (first < words) {
+    Words word[W];
+    read_words(rows, first, words - first, word);
+    request(ahead, first / W, parts);
+    for (int i = 0; i < words - first; i += 2) {  // the head size is a multiple of 8
+      add_word<T, M>(q, i, word[i], sum);
+      add_word<T, M>(q, i + 1, word[i + 1], sum);
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < M; m++) store(scores + m * kSegment, add(sum[0][m], sum[1][m]));
 }
 
