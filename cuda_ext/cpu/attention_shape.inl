@@ -95,7 +95,7 @@ struct Range {
 };
 
 inline Range visible(const AttentionArgs& a, const TileShape& s, const Stretch& keys, int query) {
-  const int64_t position = s.first_position + (s.first_index + query) / s.group;
+  const int64_t position = s.first_position + (static_cast<int>(s.first_index) + query) / s.group;
   const int64_t first = a.window > 0 ? maximum(keys.begin, position - a.window + 1) : keys.begin;
   const int64_t last = minimum(keys.end, position + 1), start = keys.begin / kSegment * kSegment;
   return {static_cast<int>(first - start), static_cast<int>(maximum(first, last) - start)};

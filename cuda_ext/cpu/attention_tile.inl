@@ -1,7 +1,7 @@
 // The arithmetic of paged attention: one tile of queries over one stretch of keys. See attention.inl.
 //
-// A score is the sum of two chains, over the even and over the odd features, each in their order: what the
-// halves of 32-bit words give when few queries meet 16-bit keys. All paths keep to that.
+// A score is the sum of two chains of products, over the even and over the odd features, each in order. All
+// paths keep to that, so that a query's result does not depend on the path.
 
 // 2 W features. Those of a 16-bit type that is the upper half of float32 come as the even and the odd ones.
 template <typename T>
@@ -129,33 +129,31 @@ inline void turn_keys(const char* const* rows, const char* const* ahead, int vec
 // scores[m, 0 : N * W] = query[m] . columns, m < M.
 template <int M, int N>
 inline void score_block(const float* query, const float* columns, int head_size, float* scores) {
-  for (int odd = 0; odd < 2; odd++) {
-    V sum[M][N];
-    for (int m = 0; m < M; m++)
-      for (int j = 0; j < N; j++) sum[m][j] = zero();
-    for (int d = odd; d < head_size; d += 2) {
+  V sum[2][M][N];
+  for (int m = 0; m < M; m++)
+    for (int j = 0; j < N; j++) sum[0][m][j] = sum[1][m][j] = zero();
+  for (int d = 0; d < head_size; d += 2) {
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; odd++) {
       V key[N];
-      for (int j = 0; j < N; j++) key[j] = load(columns + d * kKeys + j * W);
+      for (int j = 0; j < N; j++) key[j] = load(columns + (d + odd) * kKeys + j * W);
       for (int m = 0; m < M; m++) {
-        const V q = set1(query[m * head_size + d]);
-        for (int j = 0; j < N; j++) sum[m][j] = fma(q, key[j], sum[m][j]);
-      }
-    }
-    for (int m = 0; m < M; m++) {
-      for (int j = 0; j < N; j++) {
-        float* to = scores + m * kSegment + j * W;
-        store(to, odd == 0 ? sum[m][j] : add(load(to), sum[m][j]));
+        const V q = set1(query[m * head_size + d + odd]);
+        for (int j = 0; j < N; j++) sum[odd][m][j] = fma(q, key[j], sum[odd][m][j]);
       }
     }
   }
+  for (int m = 0; m < M; m++)
+    for (int j = 0; j < N; j++) store(scores + m * kSegment + j * W, add(sum[0][m][j], sum[1][m][j]));
 }
 
 template <int M>
 inline void score_rows(const float* query, const float* columns, int vectors, int head_size, float* scores) {
+  constexpr int kWide = kCols / 2;
   int j = 0;
-  for (; j + kCols <= vectors; j += kCols) score_block<M, kCols>(query, columns + j * W, head_size, scores + j * W);
-  for (; j + 2 <= vectors; j += 2) score_block<M, 2>(query, columns + j * W, head_size, scores + j * W);
-  for (; j < vectors; j++) score_block<M, 1>(query, columns + j * W, head_size, scores + j * W);
+  for (; j + kWide <= vectors; j += kWide) score_block<M, kWide>(query, columns + j * W, head_size, scores + j * W);
+  if constexpr (kWide > 1)
+    for (; j < vectors; j++) score_block<M, 1>(query, columns + j * W, head_size, scores + j * W);
 }
 
 // values[m] += sum over t in [0, count) of weights[m, t] * value t, m < M, for N pairs of vectors of
@@ -238,14 +236,9 @@ inline void weigh(const AttentionArgs& a, float* scores, Range seen, Range all, 
   greatest = kNever;
   weight = 0.0f;
   if (first == last) return;
-  V top = set1(kNever);
-  const bool bent = a.softcap > 0 || slope != 0;
-  const auto masked = [&](int j, V x, V otherwise) {
-    return select(lanes(seen.first - j * W, seen.last - j * W), x, otherwise);
-  };
-  for (int j = first; j < last; j++) {
-    V s = load(scores + j * W);
-    if (bent) {
+  if (a.softcap > 0 || slope != 0) {
+    for (int j = first; j < last; j++) {
+      V s = load(scores + j * W);
       if (a.softcap > 0) s = mul(set1(a.softcap), tanh(mul(s, set1(1.0f / a.softcap))));
       if (slope != 0) {
         const V away = sub(set1(static_cast<float>(distance - j * W)), iota());
@@ -253,17 +246,28 @@ inline void weigh(const AttentionArgs& a, float* scores, Range seen, Range all, 
       }
       store(scores + j * W, s);
     }
-    if (j == first || j + 1 == last) s = masked(j, s, set1(kNever));
-    top = max(top, s);
   }
+  // Only the first and the last vector may hold keys that the query does not see.
+  const auto mask = [&](int j) {
+    V s = load(scores + j * W);
+    store(scores + j * W, select(lanes(seen.first - j * W, seen.last - j * W), s, set1(kNever)));
+  };
+  mask(first);
+  if (last - 1 > first) mask(last - 1);
+  V top = set1(kNever);
+  for (int j = first; j < last; j++) top = max(top, load(scores + j * W));
   greatest = hmax(top);
   V sum = zero();
-  for (int j = first; j < last; j++) {
-    V e = exp(sub(load(scores + j * W), set1(greatest)));
-    if (j == first || j + 1 == last) e = masked(j, e, zero());
+  const V shift = set1(greatest);
+  const auto turn_into_weight = [&](int j, bool edge) {
+    V e = exp(sub(load(scores + j * W), shift));
+    if (edge) e = select(lanes(seen.first - j * W, seen.last - j * W), e, zero());
     store(scores + j * W, e);
     sum = add(sum, e);
-  }
+  };
+  turn_into_weight(first, true);
+  for (int j = first + 1; j < last - 1; j++) turn_into_weight(j, false);
+  if (last - 1 > first) turn_into_weight(last - 1, true);
   weight = hsum(sum);
 }
 
@@ -284,8 +288,10 @@ inline void stretch_sums(const AttentionArgs& a, const TileShape& s, const Works
 
   const int64_t start = keys.begin / kSegment * kSegment;
   const int base = static_cast<int>(keys.begin - start) / W * W;  // place in the segment of the first row
-  const auto range = [&](int first, int last) {                  // of queries
-    return Range{visible(a, s, keys, first).first, visible(a, s, keys, last - 1).last};
+  Range seen[kTile];
+  for (int m = 0; m < s.count; m++) seen[m] = visible(a, s, keys, m);
+  const auto range = [&](int first, int last) {  // of queries
+    return Range{seen[first].first, seen[last - 1].last};
   };
   if (s.count <= kFew) {
     by_rows(s.count, [&](auto size, int) {
@@ -298,8 +304,8 @@ inline void stretch_sums(const AttentionArgs& a, const TileShape& s, const Works
       const int stop = t + kKeys < count ? t + kKeys : count;
       turn_keys<T>(key_rows + t, key_rows + t + ahead, (stop - t) / W, head_size, w.columns);
       by_rows(s.count, [&](auto size, int m) {
-        const Range seen = range(m, m + decltype(size)::value);
-        const int first = (seen.first - base) / W * W, last = seen.last - base < stop ? seen.last - base : stop;
+        const Range some = range(m, m + decltype(size)::value);
+        const int first = (some.first - base) / W * W, last = some.last - base < stop ? some.last - base : stop;
         const int from = first > t ? first : t;
         if (from < last)
           score_rows<decltype(size)::value>(w.query + m * head_size, w.columns + (from - t),
@@ -311,19 +317,18 @@ inline void stretch_sums(const AttentionArgs& a, const TileShape& s, const Works
   by_rows(s.count, [&](auto size, int m) {
     const Range all = range(m, m + decltype(size)::value);
     for (int i = m; i < m + decltype(size)::value; i++) {
-      const int64_t index = s.first_index + i;
-      const float slope = a.alibi_slopes == nullptr
-                              ? 0.0f
-                              : a.alibi_slopes[keys.place.kv_head * s.group + index % s.group];
-      weigh(a, w.scores + i * kSegment, visible(a, s, keys, i), all, slope,
-            s.first_position + index / s.group - start, sums.greatest[i], sums.weight[i]);
+      const int index = static_cast<int>(s.first_index) + i;
+      const float slope =
+          a.alibi_slopes == nullptr ? 0.0f : a.alibi_slopes[keys.place.kv_head * s.group + index % s.group];
+      weigh(a, w.scores + i * kSegment, seen[i], all, slope, s.first_position + index / s.group - start,
+            sums.greatest[i], sums.weight[i]);
     }
   });
   for (int t = 0; t < count; t += kKeys) {
     const int stop = t + kKeys < count ? t + kKeys : count;
     by_rows(s.count, [&](auto size, int m) {
-      const Range seen = range(m, m + decltype(size)::value);
-      const int first = seen.first - base, last = seen.last - base < stop ? seen.last - base : stop;
+      const Range some = range(m, m + decltype(size)::value);
+      const int first = some.first - base, last = some.last - base < stop ? some.last - base : stop;
       const int from = first > t ? first : t;
       if (from < last)
         value_rows<T, decltype(size)::value>(w.scores + m * kSegment + base + from, value_rows_ + from,

@@ -72,32 +72,34 @@ inline Words load_words(const void* p, int n) { return _mm512_maskz_loadu_epi32(
 
 // W by W words, turned: word j of w[i] becomes word i of w[j].
 [[gnu::always_inline]] inline void turn(Words w[16]) {
-  Words x[16];
+  V r[16], x[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) r[i] = _mm512_castsi512_ps(w[i]);
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {  // pairs of rows
-    x[i] = _mm512_unpacklo_epi32(w[i], w[i + 1]);
-    x[i + 1] = _mm512_unpackhi_epi32(w[i], w[i + 1]);
+    x[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    x[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {  // fours of rows: lane k of w[i + j] is column 4 k + j
-    w[i] = _mm512_unpacklo_epi64(x[i], x[i + 2]);
-    w[i + 1] = _mm512_unpackhi_epi64(x[i], x[i + 2]);
-    w[i + 2] = _mm512_unpacklo_epi64(x[i + 1], x[i + 3]);
-    w[i + 3] = _mm512_unpackhi_epi64(x[i + 1], x[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; j++) {
-    x[j] = _mm512_shuffle_i32x4(w[j], w[j + 4], 0x88);
-    x[j + 4] = _mm512_shuffle_i32x4(w[j], w[j + 4], 0xdd);
-    x[j + 8] = _mm512_shuffle_i32x4(w[j + 8], w[j + 12], 0x88);
-    x[j + 12] = _mm512_shuffle_i32x4(w[j + 8], w[j + 12], 0xdd);
+  for (int i = 0; i < 16; i += 4) {  // fours of rows: lane k of r[i + j] is column 4 k + j
+    r[i] = _mm512_shuffle_ps(x[i], x[i + 2], 0x44);
+    r[i + 1] = _mm512_shuffle_ps(x[i], x[i + 2], 0xee);
+    r[i + 2] = _mm512_shuffle_ps(x[i + 1], x[i + 3], 0x44);
+    r[i + 3] = _mm512_shuffle_ps(x[i + 1], x[i + 3], 0xee);
   }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; j++) {
-    w[j] = _mm512_shuffle_i32x4(x[j], x[j + 8], 0x88);
-    w[j + 8] = _mm512_shuffle_i32x4(x[j], x[j + 8], 0xdd);
-    w[j + 4] = _mm512_shuffle_i32x4(x[j + 4], x[j + 12], 0x88);
-    w[j + 12] = _mm512_shuffle_i32x4(x[j + 4], x[j + 12], 0xdd);
+    x[j] = _mm512_shuffle_f32x4(r[j], r[j + 4], 0x88);
+    x[j + 4] = _mm512_shuffle_f32x4(r[j], r[j + 4], 0xdd);
+    x[j + 8] = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0x88);
+    x[j + 12] = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    w[j] = _mm512_castps_si512(_mm512_shuffle_f32x4(x[j], x[j + 8], 0x88));
+    w[j + 8] = _mm512_castps_si512(_mm512_shuffle_f32x4(x[j], x[j + 8], 0xdd));
+    w[j + 4] = _mm512_castps_si512(_mm512_shuffle_f32x4(x[j + 4], x[j + 12], 0x88));
+    w[j + 12] = _mm512_castps_si512(_mm512_shuffle_f32x4(x[j + 4], x[j + 12], 0xdd));
   }
 }
 inline V low(const float*, __m512i x) { return _mm512_castsi512_ps(x); }
