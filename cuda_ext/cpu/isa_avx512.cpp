@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "quant.h"
 
 namespace aserve {
 namespace {
@@ -28,9 +29,14 @@ namespace {
 
 #include "dense.inl"
 
+#include "quant_avx512.inl"
+
 #include "quant.inl"
 
-constexpr Kernels table = {"avx512", norm, rotary, store_kv, attention, gated, greedy_logprob};
+#include "linear.inl"
+
+constexpr Kernels table = {"avx512", norm, rotary, store_kv, attention, gated, greedy_logprob,
+                           linear_kernels, packed_linear, packed_rows};
 
 }  // namespace
 
