@@ -28,7 +28,7 @@ def test_rates_are_of_this_world() -> None:
     tensors = [torch.ones(3 << 20, dtype=torch.uint8), torch.ones(1 << 20, dtype=torch.float32)]
     assert 1e8 < limits.read_rate(tensors, 1) < 1e13
     assert 1e8 < limits.read_rate(tensors, 2, cold=True, repeats=2) < 1e12
-    rate = limits.machine(1)["peak_gop_per_s"]
+    rate = limits.peaks(1)
     assert list(rate) == list(limits.PEAKS)
     assert 0.1 < rate["fp32 FMA"] < 1e5
     assert 0.1 < rate["int8 dot"] < 1e6
