@@ -62,6 +62,7 @@ LEVEL_FLAGS = {
         "-mavx512dq",
     ],
 }
+LEVEL_FLAGS["avx512vnni"] = [*LEVEL_FLAGS["avx512"], "-mavx512vnni"]  # chosen inside the level avx512
 
 
 class NothingToBuildError(Exception):

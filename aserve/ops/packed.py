@@ -32,6 +32,8 @@ FORMATS = {
     "q6_k": 15,
 }
 _DENSE = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+DENSE_DTYPES = tuple(_DENSE)
+"""What :func:`pack` takes."""
 _DENSE_GGML = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 _QUANTISED_GGML = {
     2: "q4_0",
@@ -83,6 +85,11 @@ def formats() -> tuple[str, ...]:
     if library is None:
         return tuple(FORMATS)
     return tuple(name for name, number in FORMATS.items() if library.packed_bytes(number, 1, 256) >= 0)
+
+
+def can_pack_gguf(ggml_type: int) -> bool:
+    """Whether :func:`pack_gguf` takes tensors of this ``GGMLQuantizationType`` number here."""
+    return ggml_type in _DENSE_GGML or _QUANTISED_GGML.get(ggml_type) in formats()
 
 
 def pack(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedWeight:

@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "quant.h"
 
 namespace aserve {
 namespace {
@@ -25,6 +26,8 @@ namespace {
 #include "attention.inl"
 
 #include "dense.inl"
+
+#include "quant_avx2.inl"
 
 #include "quant.inl"
 
