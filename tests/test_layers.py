@@ -63,7 +63,11 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED_MODULES = {"server": {"aserve.tokenizer.chat", "aserve.__version__"}}
 """Single modules of a room that is otherwise closed."""
 
-ALLOWED_INSIDE_FUNCTIONS = {"executor": {"worker"}, "server": {"bench", "simulate"}}
+ALLOWED_INSIDE_FUNCTIONS = {
+    "executor": {"worker"},
+    "server": {"bench", "simulate"},
+    "simulate": {"engine"},
+}
 """The thread or process that runs a worker is the one that imports it; a command is imported when called."""
 
 PURE = {"torch", "transformers", "asyncio", "threading"}
@@ -76,6 +80,7 @@ FORBIDDEN: dict[str, set[str]] = {
     **dict.fromkeys(("model", "worker", *COMPUTE), WEB),
     "engine": DEVICE | {"quart", "hypercorn", "sse_starlette"},
     "server": DEVICE,
+    "simulate": DEVICE,
 }
 """Packages a room may not import anywhere, not even inside a function."""
 

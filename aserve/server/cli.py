@@ -15,9 +15,11 @@ from aserve.errors import ConfigError
 
 USAGE = """usage: aserve serve [MODEL] [flags]
        aserve bench {serve,throughput,latency,limits} [flags]
+       aserve simulate [flags]
        aserve --version
 
-`serve` serves a model over the OpenAI API, `bench` measures; `--help` after either lists the flags."""
+`serve` serves a model over the OpenAI API, `bench` measures, `simulate` predicts; `--help` after each lists
+the flags."""
 
 SECRETS = ("api_key",)
 
@@ -37,6 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         from aserve.bench import cli
 
         return cli.main(arguments[1:])
+    if arguments[0] == "simulate":
+        from aserve.simulate.cli import main as simulate
+
+        return simulate(arguments[1:])
     if arguments[0] != "serve":
         print(f"aserve: unknown command {arguments[0]!r}\n{USAGE}", file=sys.stderr)
         return 2
