@@ -2,30 +2,18 @@
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/team.h"
 #include "tensor_view.h"
 
 namespace {
 
 using aserve::Status;
 
-inline void run_workers(int workers, aserve::Task task, void* context) {
-  struct Call {
-    aserve::Task task;
-    void* context;
-  } call = {task, context};
-  const auto body = [](int64_t begin, int64_t end, void* data) {
-    const Call& c = *static_cast<Call*>(data);
-    for (int64_t worker = begin; worker < end; worker++) c.task(c.context, static_cast<int>(worker));
-  };
-  if (torch_parallel_for(0, workers, 1, body, &call) != AOTI_TORCH_SUCCESS)
-    throw std::runtime_error("aserve: torch_parallel_for failed");
-}
-
 inline aserve::Threads threads() {
   uint32_t count = 1;
   if (torch_get_num_threads(&count) != AOTI_TORCH_SUCCESS)
     throw std::runtime_error("aserve: torch_get_num_threads failed");
-  return {static_cast<int>(count), run_workers};
+  return {static_cast<int>(count), aserve::team_workers};
 }
 
 inline const aserve::Kernels& table(const char* op) {

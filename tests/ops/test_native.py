@@ -45,9 +45,9 @@ def test_the_check_refuses_other_symbols(
 
     allowed = setup_ext.ALLOWED_SYMBOLS.read_text().split("\n")
     fewer = tmp_path / "symbols.txt"
-    fewer.write_text("\n".join(line for line in allowed if line != "torch_parallel_for"))
+    fewer.write_text("\n".join(line for line in allowed if line != "torch_get_num_threads"))
     monkeypatch.setattr(setup_ext, "ALLOWED_SYMBOLS", fewer)
-    with pytest.raises(setup_ext.BuildError, match=r"stable ABI: torch_parallel_for$"):
+    with pytest.raises(setup_ext.BuildError, match=r"stable ABI: torch_get_num_threads$"):
         setup_ext.check(built)
 
 
@@ -204,6 +204,10 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "gated": (x, 0, x[:, :8].clone()),
         "copy_blocks": (cache, torch.tensor([[0, 1]])),
         "pack_dense": (x, packed.allocate(16 * 64)),
+        "pack_gguf": (
+            *(torch.zeros(5 * 34, dtype=torch.uint8), packed.FORMATS["q8_0"], 5, 32),
+            *(torch.arange(5), packed.allocate(576)),
+        ),
         "packed_linear": (x, packed.allocate(16 * 64), weight[:5], 0, 5, 16, torch.randn(2, 5)),
         "packed_rows": (slots[:1], packed.allocate(16 * 64), 0, 5, 16, torch.randn(1, 16)),
         "greedy_logprob": (x, torch.zeros(2, dtype=torch.int64), torch.zeros(2)),
