@@ -1,0 +1,1 @@
+"""Measurements: ``aserve bench serve | throughput | latency | limits``, and the tools behind ``make bench``."""
