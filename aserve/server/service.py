@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from quart import current_app, request
 
 from aserve.errors import AserveError, EngineBusyError, EngineDeadError
+from aserve.server.direct import Courier
 
 if TYPE_CHECKING:
     from aserve.config.server import ServerArgs
@@ -44,6 +45,7 @@ class Service:
         self.on_fatal = on_fatal
         self.load_error: BaseException | None = None
         self.draining: str | None = None
+        self.courier = Courier()
         self._loading: asyncio.Task[None] | None = None
         self._unknown_fields: set[str] = set()
 
