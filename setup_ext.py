@@ -62,6 +62,7 @@ LEVEL_FLAGS = {
         "-mavx512dq",
     ],
 }
+LEVEL_FLAGS["avx512vnni"] = [*LEVEL_FLAGS["avx512"], "-mavx512vnni"]  # chosen inside the level avx512
 
 
 class NothingToBuildError(Exception):
@@ -133,9 +134,8 @@ def units(tools: Toolchain) -> list[Unit]:
     binding = (*plain, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", include)
     return [
         *levels,
-        Unit(SOURCES / "bind_cpu.cpp", binding),
-        Unit(cpu / "dispatch.cpp", plain),
-        Unit(cpu / "copy.cpp", plain),
+        *(Unit(source, binding) for source in sorted(SOURCES.glob("bind_*.cpp"))),
+        *(Unit(source, plain) for source in sorted(cpu.glob("*.cpp")) if not source.name.startswith("isa_")),
     ]
 
 

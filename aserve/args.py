@@ -118,7 +118,9 @@ class EngineArgs:
         group=_MODEL,
         choices=DTYPES,
         help='Data type of weights and activations. "auto": bfloat16 for bfloat16 models, float16 for '
-        "float16 and float32 ones; on a CPU float16 becomes bfloat16. half = float16, float = float32.",
+        "float16 and float32 ones; on a CPU float16 becomes bfloat16. half = float16, float = float32. Of a "
+        "quantised .gguf file it says only what activations and the KV cache are; an explicit float32 also "
+        "decodes the weights, which makes results exact.",
     )
     kv_cache_dtype: str = arg(
         "auto",

@@ -5,53 +5,9 @@
 
 #include <optional>
 
-#include "cpu/kernels.h"
-#include "tensor_view.h"
+#include "binding.h"
 
 namespace {
-
-using aserve::Status;
-
-void run_workers(int workers, aserve::Task task, void* context) {
-  struct Call {
-    aserve::Task task;
-    void* context;
-  } call = {task, context};
-  const auto body = [](int64_t begin, int64_t end, void* data) {
-    const Call& c = *static_cast<Call*>(data);
-    for (int64_t worker = begin; worker < end; worker++) c.task(c.context, static_cast<int>(worker));
-  };
-  if (torch_parallel_for(0, workers, 1, body, &call) != AOTI_TORCH_SUCCESS)
-    throw std::runtime_error("aserve: torch_parallel_for failed");
-}
-
-aserve::Threads threads() {
-  uint32_t count = 1;
-  if (torch_get_num_threads(&count) != AOTI_TORCH_SUCCESS)
-    throw std::runtime_error("aserve: torch_get_num_threads failed");
-  return {static_cast<int>(count), run_workers};
-}
-
-const aserve::Kernels& table(const char* op) {
-  const aserve::Kernels* kernels = aserve::kernels();
-  if (kernels == nullptr) refuse(op, "this CPU has neither AVX-512 nor AVX2");
-  return *kernels;
-}
-
-void check(const char* op, Status status) {
-  switch (status) {
-    case Status::ok:
-      return;
-    case Status::bad_block:
-      refuse(op, "a block id is outside the cache");
-    case Status::bad_slot:
-      refuse(op, "a slot is outside the cache");
-    case Status::bad_position:
-      refuse(op, "a position is outside cos_sin");
-    case Status::no_memory:
-      refuse(op, "out of memory");
-  }
-}
 
 void norm(const char* op, const Tensor& x_, const Tensor* residual_, const Tensor& weight_, double eps,
           const Tensor& out_, const Tensor* total_) {

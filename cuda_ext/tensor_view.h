@@ -1,4 +1,4 @@
-// What a binding reads of a tensor, and how it refuses one. Included in one source per library.
+// What a binding reads of a tensor, and how it refuses one.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -79,12 +79,12 @@ struct View {
   int64_t element_bytes() const { return storage() == DType::f32 ? 4 : 2; }
 };
 
-void check_same_type(const View& a, const View& b) {
+inline void check_same_type(const View& a, const View& b) {
   if (a.type != b.type) refuse(a.op, a.name, " and ", b.name, " must have one dtype");
 }
 
 // x as rows, all dimensions but the last: evenly spaced, or groups of evenly spaced rows.
-aserve::Rows rows_of(const View& x) {
+inline aserve::Rows rows_of(const View& x) {
   if (x.dims < 1) refuse(x.op, x.name, " must have a dimension");
   x.dense_from(x.dims - 1);
   aserve::Rows rows = {1, 1, 0, 0};
@@ -107,7 +107,7 @@ aserve::Rows rows_of(const View& x) {
   return rows;
 }
 
-void same_shape(const View& x, const View& y) {
+inline void same_shape(const View& x, const View& y) {
   y.rank(x.dims);
   for (int64_t d = 0; d < x.dims; d++) y.size(d, x.sizes[d]);
 }

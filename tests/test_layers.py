@@ -51,6 +51,9 @@ ALLOWED: dict[str, set[str]] = {
     # 8: what people call
     "llm": SETTINGS | {"engine", "metrics"},
     "server": SETTINGS | {"engine", "metrics"},
+    # measuring and planning, each a command of its own
+    "bench": SETTINGS | {"gguf", "tokenizer", "ops", "model", "worker", "engine", "llm", "metrics", "server"},
+    "simulate": SETTINGS | {"core", "bench"},
     # 9: entry points
     "app": SETTINGS | {"server"},
     "__main__": {"server"},
@@ -60,8 +63,12 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED_MODULES = {"server": {"aserve.tokenizer.chat", "aserve.__version__"}}
 """Single modules of a room that is otherwise closed."""
 
-ALLOWED_INSIDE_FUNCTIONS = {"executor": {"worker"}}
-"""The thread or process that runs a worker is the one that imports it."""
+ALLOWED_INSIDE_FUNCTIONS = {
+    "executor": {"worker"},
+    "server": {"bench", "simulate"},
+    "simulate": {"engine"},
+}
+"""The thread or process that runs a worker is the one that imports it; a command is imported when called."""
 
 PURE = {"torch", "transformers", "asyncio", "threading"}
 DEVICE = {"torch", "transformers"}
@@ -73,6 +80,7 @@ FORBIDDEN: dict[str, set[str]] = {
     **dict.fromkeys(("model", "worker", *COMPUTE), WEB),
     "engine": DEVICE | {"quart", "hypercorn", "sse_starlette"},
     "server": DEVICE,
+    "simulate": DEVICE,
 }
 """Packages a room may not import anywhere, not even inside a function."""
 

@@ -187,7 +187,9 @@ def _resolve_quantization(
                 "itself how it is quantised; leave quantization out",
                 param="quantization",
             )
-        return "gguf"
+        # An explicit float32 asks for exact results: the weights are then decoded.
+        exact = args.quantization is None and args.dtype.lower() in ("float", "float32")
+        return None if exact else "gguf"
     if args.quantization == "gguf":
         raise ConfigError(
             f"quantization 'gguf' needs the path of a .gguf file as model, got {model_path}",

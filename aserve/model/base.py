@@ -11,6 +11,8 @@ import torch
 from aserve.attention.base import AttentionMetadata, KVCache
 from aserve.model.layers.embedding import OutputHead
 from aserve.model.layers.linear import Build
+from aserve.model.weights import Value
+from aserve.ops import packed
 
 if TYPE_CHECKING:
     from aserve.config.model import ModelConfig
@@ -31,7 +33,12 @@ class Model(ABC):
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.config = config
-        self.build = Build(device, dtype)
+        self.build = Build(
+            device,
+            dtype,
+            packed=device.type == "cpu" and packed.available(),
+            quantized=config.quantization == "gguf",
+        )
 
     @property
     def num_layers(self) -> int:
@@ -56,7 +63,7 @@ class Model(ABC):
         unused = name.endswith("rotary_emb.inv_freq") or (self.tied and name == "lm_head.weight")
         return None if unused else name
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Value]]) -> None:
         """Fills every weight; names are those transformers saves.
 
         ConfigError: a name is missing or unexpected, or a shape differs.

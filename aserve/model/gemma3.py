@@ -11,7 +11,7 @@ from aserve.errors import ConfigError, UnsupportedError
 from aserve.model.base import Model, layer_window
 from aserve.model.layers.activation import gated_activation
 from aserve.model.layers.attention import PagedAttention
-from aserve.model.layers.embedding import Embedding, OutputHead
+from aserve.model.layers.embedding import OutputHead, make_embedding
 from aserve.model.layers.linear import Build
 from aserve.model.layers.norm import RMSNorm
 from aserve.model.layers.rotary import Rotary, make_rotary, rope_parameters
@@ -24,7 +24,8 @@ class Gemma3ForCausalLM(Model):
     """Sandwich-norm decoder: local layers see a sliding window, every few layers one sees everything.
 
     The two kinds have rotary tables of their own; ``--rope-scaling`` is for the global one. Embeddings
-    are multiplied by ``sqrt(hidden_size)``, rounded to the run dtype as in training.
+    are multiplied by ``sqrt(hidden_size)``, rounded to the run dtype as in training where hidden states
+    have that dtype.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -47,14 +48,16 @@ class Gemma3ForCausalLM(Model):
             )
             for kind in sorted(set(hf.layer_types))
         }
-        self.embedding = Embedding(self.build, "model.embed_tokens", hf.vocab_size, hf.hidden_size)
+        self.tied = bool(hf.tie_word_embeddings)
+        self.embedding = make_embedding(
+            self.build, "model.embed_tokens", hf.vocab_size, hf.hidden_size, is_head=self.tied
+        )
         self.embedding_scale = torch.tensor(hf.hidden_size**0.5, dtype=dtype, device=device)
         self.layers = [
             DecoderLayer(self.build, hf, index, rotaries[hf.layer_types[index]])
             for index in range(hf.num_hidden_layers)
         ]
         self.norm = _norm(self.build, "model.norm", hf.hidden_size, hf)
-        self.tied = bool(hf.tie_word_embeddings)
         self.head = OutputHead(
             self.build, "lm_head", self.embedding, self.tied, softcap=hf.final_logit_softcapping
         )

@@ -11,7 +11,7 @@ from aserve.errors import ConfigError
 from aserve.model.base import Model, layer_window
 from aserve.model.layers.activation import gated_activation
 from aserve.model.layers.attention import PagedAttention
-from aserve.model.layers.embedding import Embedding, OutputHead
+from aserve.model.layers.embedding import OutputHead, make_embedding
 from aserve.model.layers.linear import Build
 from aserve.model.layers.norm import RMSNorm
 from aserve.model.layers.rotary import Rotary, make_rotary, rope_parameters
@@ -43,12 +43,14 @@ class LlamaForCausalLM(Model):
             max_model_len=config.max_model_len,
             device=device,
         )
-        self.embedding = Embedding(self.build, "model.embed_tokens", hf.vocab_size, hf.hidden_size)
+        self.tied = bool(hf.tie_word_embeddings)
+        self.embedding = make_embedding(
+            self.build, "model.embed_tokens", hf.vocab_size, hf.hidden_size, is_head=self.tied
+        )
         self.layers = [
             DecoderLayer(self.build, hf, index, head_size, rotary) for index in range(hf.num_hidden_layers)
         ]
         self.norm = RMSNorm(self.build, "model.norm", hf.hidden_size, hf.rms_norm_eps)
-        self.tied = bool(hf.tie_word_embeddings)
         self.head = OutputHead(self.build, "lm_head", self.embedding, self.tied)
         self.kv_shapes = [(hf.num_key_value_heads, head_size)] * hf.num_hidden_layers
 

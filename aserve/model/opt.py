@@ -12,7 +12,7 @@ from aserve.attention.base import AttentionMetadata, KVCache
 from aserve.errors import ConfigError
 from aserve.model.base import Model
 from aserve.model.layers.attention import PagedAttention
-from aserve.model.layers.embedding import Embedding, OutputHead
+from aserve.model.layers.embedding import DenseEmbedding, OutputHead, make_embedding
 from aserve.model.layers.linear import Build
 from aserve.model.layers.norm import LayerNorm
 
@@ -43,12 +43,16 @@ class OPTForCausalLM(Model):
                 "learned positions of this model"
             )
         prefix = "model.decoder"
-        self.embedding = Embedding(self.build, f"{prefix}.embed_tokens", hf.vocab_size, width)
-        self.positions = Embedding(
+        self.tied = bool(hf.tie_word_embeddings)
+        self.embedding = make_embedding(
+            self.build, f"{prefix}.embed_tokens", hf.vocab_size, width, is_head=self.tied
+        )
+        self.positions = DenseEmbedding(
             self.build,
             f"{prefix}.embed_positions",
             hf.max_position_embeddings + _POSITION_OFFSET,
             hidden,
+            is_head=False,
         )
         self.project_in = self.project_out = None
         if width != hidden:
@@ -60,7 +64,6 @@ class OPTForCausalLM(Model):
         self.final_norm = None
         if hf.do_layer_norm_before and not hf._remove_final_layer_norm:
             self.final_norm = _layer_norm(self.build, f"{prefix}.final_layer_norm", hf)
-        self.tied = bool(hf.tie_word_embeddings)
         self.head = OutputHead(self.build, "lm_head", self.embedding, self.tied)
         head_size = hidden // hf.num_attention_heads
         self.kv_shapes = [(hf.num_attention_heads, head_size)] * hf.num_hidden_layers

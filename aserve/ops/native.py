@@ -44,6 +44,9 @@ _KERNELS = (
     "fused_add_rms_norm",
     "gated",
     "greedy_logprob",
+    "pack_dense",
+    "packed_linear",
+    "packed_rows",
     "paged_attention",
     "rms_norm",
     "rope_and_store",
@@ -63,6 +66,8 @@ class _Library:
         self.functions = ctypes.CDLL(str(path))
         self.functions.aserve_cpu_isa.restype = ctypes.c_char_p
         self.functions.aserve_cpu_select.argtypes = [ctypes.c_char_p]
+        self.functions.aserve_packed_bytes.restype = ctypes.c_int64
+        self.functions.aserve_packed_bytes.argtypes = [ctypes.c_int64] * 3
         for name in _KERNELS:
             torch.library.register_fake(f"aserve::{name}", _writes_only)
         operations = ops.aserve
@@ -70,6 +75,9 @@ class _Library:
         self.fused_add_rms_norm = operations.fused_add_rms_norm.default
         self.gated = operations.gated.default
         self.greedy_logprob = operations.greedy_logprob.default
+        self.pack_dense = operations.pack_dense.default
+        self.packed_linear = operations.packed_linear.default
+        self.packed_rows = operations.packed_rows.default
         self.paged_attention = operations.paged_attention.default
         self.rms_norm = operations.rms_norm.default
         self.rope_and_store = operations.rope_and_store.default
@@ -82,6 +90,10 @@ class _Library:
 
     def select(self, level: str) -> bool:
         return bool(self.functions.aserve_cpu_select(level.encode()))
+
+    def packed_bytes(self, format: int, rows: int, columns: int) -> int:
+        """Bytes of a packed matrix; -1: no such format, or not for so many columns."""
+        return int(self.functions.aserve_packed_bytes(format, rows, columns))
 
 
 def _writes_only(*tensors: Any) -> None:
@@ -119,6 +131,11 @@ def select(level: str) -> None:
 def level() -> str:
     """The level in use now, or "reference"."""
     return "reference" if _library is None else _library.level()
+
+
+def library() -> Any:
+    """The library in use, or None."""
+    return _library
 
 
 @cache

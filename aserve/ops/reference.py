@@ -232,4 +232,6 @@ def greedy_logprob(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     logits = logits.float()
     top = logits.amax(-1, keepdim=True)
-    return (logits == top).int().argmax(-1), top[:, 0] - logits.logsumexp(-1)
+    token_ids = (logits == top).int().argmax(-1)
+    # log_softmax gives a row the same bits whatever rows are beside it; logsumexp does not.
+    return token_ids, logits.log_softmax(-1).gather(1, token_ids.unsqueeze(1)).squeeze(1)

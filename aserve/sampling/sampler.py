@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from aserve import ops
 from aserve.messages.params import LogitsProcessor, SamplingParams, SamplingType
 from aserve.messages.step import SampleLogprobs
 from aserve.sampling.penalties import PenaltyRows
@@ -171,6 +172,27 @@ class SamplerState:
         needs = self._needs[index]
         if rows != list(range(logits.shape[0])):
             logits = logits[torch.tensor(rows, device=logits.device)]
+        # How a row is computed must depend on its own needs alone, or its last bits would depend on its
+        # neighbours'.
+        plain = np.flatnonzero(needs == 0)
+        if len(plain) == len(slots):
+            sampled = _greedy(logits)
+        elif len(plain) == 0:
+            sampled = self._sample(logits, needs, slots, index)
+        else:
+            others = np.flatnonzero(needs)
+            parts = [torch.from_numpy(each).to(logits.device) for each in (plain, others)]
+            chosen = [slots[i] for i in others.tolist()]
+            greedy = _greedy(logits[parts[0]])
+            drawn = self._sample(logits[parts[1]], needs[others], chosen, index[others])
+            sampled = _merge(len(slots), (plain.tolist(), greedy), (others.tolist(), drawn))
+        self._remember(needs, slots, index, sampled.token_ids)
+        return sampled
+
+    def _sample(
+        self, logits: torch.Tensor, needs: np.ndarray, slots: list[int], index: np.ndarray
+    ) -> Sampled:
+        """Rows that need more than an argmax; ``needs`` and ``index`` are those of ``slots``."""
         failed: dict[int, str] = {}
         every = int(np.bitwise_or.reduce(needs))
         if every & (_Needs.PROCESSORS | _Needs.MIN_TOKENS | _Needs.PENALTIES):
@@ -211,7 +233,6 @@ class SamplerState:
             where = torch.tensor(wanted, device=logits.device)
             part = logprobs if len(wanted) == len(slots) else logprobs[where]
             details = dict(zip(wanted, _details(part, token_ids[where], counts), strict=True))
-        self._remember(needs, slots, index, token_ids)
         return Sampled(token_ids, own, details, failed)
 
     def prompt_logprobs(
@@ -283,6 +304,31 @@ class SamplerState:
             row = self._rows[slots[i]]
             if row.processors:
                 row.output.append(tokens[i])
+
+
+def _greedy(logits: torch.Tensor) -> Sampled:
+    """The likeliest token of every row."""
+    token_ids, logprobs = ops.greedy_logprob(logits)
+    failed: dict[int, str] = {}
+    finite = torch.isfinite(logprobs)
+    if not bool(finite.all()):  # of a row with a NaN, a +inf or nothing but -inf
+        for i in torch.nonzero(~finite).flatten().tolist():
+            failed[i] = _why_not_finite(float(logits[i].max()))
+            token_ids[i], logprobs[i] = 0, 0.0
+    return Sampled(token_ids, logprobs, failed=failed)
+
+
+def _merge(count: int, *parts: tuple[list[int], Sampled]) -> Sampled:
+    """One result of ``count`` rows from those of its parts, each with its rows' places."""
+    first = parts[0][1]
+    merged = Sampled(first.token_ids.new_empty(count), first.logprobs.new_empty(count))
+    for places, part in parts:
+        where = torch.tensor(places, device=first.token_ids.device)
+        merged.token_ids[where] = part.token_ids
+        merged.logprobs[where] = part.logprobs
+        merged.details.update((places[i], entry) for i, entry in part.details.items())
+        merged.failed.update((places[i], reason) for i, reason in part.failed.items())
+    return merged
 
 
 def _heat(logits: torch.Tensor, highest: torch.Tensor, temperature: torch.Tensor) -> None:

@@ -9,6 +9,9 @@ import torch
 _CANDIDATES = 1024
 """Likeliest tokens looked at first; rows they do not settle are sorted whole."""
 
+_ROUNDING = 1e-5
+"""Bound of the relative error of a float32 softmax over a vocabulary."""
+
 _NONE = float("-inf")
 
 Ints = npt.NDArray[np.int64]
@@ -74,10 +77,16 @@ def _find_lowest(
         if width < vocab:
             whole = 1.0 / part.softmax(-1).amax(-1, keepdim=True).double()
             everything = torch.where(limited, everything, whole)
-        count = ((total - mass) < p * everything).sum(-1, keepdim=True).clamp_(min=1)
+        before = total - mass
+        count = (before < p * everything).sum(-1, keepdim=True).clamp_(min=1)
         last = values.gather(1, count - 1)
         # Unsettled: the cut may lie beyond the candidates, or tokens tied with the k-th may.
         settled |= (last > values[:, -1:]) & (~limited | (least > values[:, -1:]))
+        if width < vocab:
+            # ... or so close to a token's edge that the rounding of `whole` decides.
+            fewest = (before < p * everything * (1 - _ROUNDING)).sum(-1, keepdim=True)
+            most = (before < p * everything * (1 + _ROUNDING)).sum(-1, keepdim=True)
+            settled &= ~cut | limited | (fewest == most)
         equal = (values == last).sum(-1, keepdim=True)
         kept = count - (values > last).sum(-1, keepdim=True)
         shared = torch.nonzero((cut & settled & (equal > kept))[:, 0]).flatten().tolist()

@@ -14,9 +14,12 @@ from aserve.args import parse_serve_args
 from aserve.errors import ConfigError
 
 USAGE = """usage: aserve serve [MODEL] [flags]
+       aserve bench {serve,throughput,latency,limits} [flags]
+       aserve simulate [flags]
        aserve --version
 
-Serves a model over the OpenAI API. `aserve serve --help` lists the flags."""
+`serve` serves a model over the OpenAI API, `bench` measures, `simulate` predicts; `--help` after each lists
+the flags."""
 
 SECRETS = ("api_key",)
 
@@ -32,6 +35,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[:1] in ([], ["--help"], ["-h"]):
         print(USAGE)
         return 0 if arguments else 2
+    if arguments[0] == "bench":
+        from aserve.bench import cli
+
+        return cli.main(arguments[1:])
+    if arguments[0] == "simulate":
+        from aserve.simulate.cli import main as simulate
+
+        return simulate(arguments[1:])
     if arguments[0] != "serve":
         print(f"aserve: unknown command {arguments[0]!r}\n{USAGE}", file=sys.stderr)
         return 2

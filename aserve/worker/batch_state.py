@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from aserve.attention.base import AttentionMetadata
@@ -14,102 +15,96 @@ from aserve.messages.step import StepPlan
 class ModelInputs:
     """A step as the model sees it. ``T`` tokens of ``B`` rows.
 
-    last_positions: for each row, the index of its last token among the ``T``.
+    last_tokens: int64 ``[B]`` on the host: each row's last token among the ``T``.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     attention: AttentionMetadata
-    query_start: list[int]
+    last_tokens: np.ndarray
 
 
 class BatchState:
-    """Tokens and block tables of every slot, on the device.
+    """Tokens of every slot on the device, block tables of every slot on the host.
 
     Drawn tokens are written straight into ``tokens`` and read from there by the next step, so a step
-    can be scheduled before the tokens of the previous one are known to the host.
+    can be scheduled before the tokens of the previous one are known to the host. Which blocks a slot has
+    the host decides, so everything else about a step is worked out there, with a few calls of numpy that
+    do not grow with the batch: torch's fixed cost a call is several times higher.
     """
 
     def __init__(self, num_slots: int, max_model_len: int, block_size: int, device: torch.device) -> None:
         self.block_size = block_size
         self.device = device
         # One more than the model's length: the last token of a full sequence is drawn, never computed.
-        self.tokens = torch.zeros(num_slots, max_model_len + 1, dtype=torch.int32, device=device)
+        self._width = max_model_len + 1
+        self.tokens = torch.zeros(num_slots, self._width, dtype=torch.int32, device=device)
+        self._flat = self.tokens.view(-1)
         max_blocks = -(-max_model_len // block_size)
-        self.block_tables = torch.zeros(num_slots, max_blocks, dtype=torch.int32, device=device)
+        self.block_tables = np.zeros((num_slots, max_blocks), dtype=np.int32)
         self._num_blocks = [0] * num_slots
         self._prompt_lengths: dict[int, int] = {}
 
     def apply(self, plan: StepPlan) -> None:
         """Takes over new sequences, forks and table changes."""
         for new in plan.new:
-            self.tokens[new.slot, : len(new.token_ids)] = self._ints(new.token_ids, torch.int32)
-            self._set_table(new.slot, 0, new.block_ids)
+            ids = np.array(new.token_ids, dtype=np.int32)
+            self.tokens[new.slot, : len(ids)] = self._move(ids)
+            self._set_table(new.slot, new.block_ids)
             if new.want_prompt_logprobs and new.params.prompt_logprobs is not None:
                 self._prompt_lengths[new.slot] = new.num_prompt_tokens
             else:
                 self._prompt_lengths.pop(new.slot, None)
         for fork in plan.forks:
             self.tokens[fork.slot, : fork.num_tokens] = self.tokens[fork.parent_slot, : fork.num_tokens]
-            self._set_table(fork.slot, 0, fork.block_ids)
+            self._set_table(fork.slot, fork.block_ids)
             self._prompt_lengths.pop(fork.slot, None)
-        if plan.new_blocks:
-            slots: list[int] = []
-            columns: list[int] = []
-            blocks: list[int] = []
-            for slot, taken in plan.new_blocks:
-                first = self._num_blocks[slot]
-                slots += [slot] * len(taken)
-                columns += range(first, first + len(taken))
-                blocks += taken
-                self._num_blocks[slot] = first + len(taken)
-            values = self._ints(blocks, torch.int32)
-            self.block_tables[self._ints(slots), self._ints(columns)] = values
+        for slot, taken in plan.new_blocks:
+            first = self._num_blocks[slot]
+            self._num_blocks[slot] = last = first + len(taken)
+            self.block_tables[slot, first:last] = taken
         for slot, index, block in plan.replaced_blocks:
             self.block_tables[slot, index] = block
 
     def inputs(self, plan: StepPlan) -> ModelInputs:
         """Token ids, positions and attention metadata of the plan's rows."""
-        num_rows = len(plan.slots)
-        query_start = [0] * (num_rows + 1)
-        for row, count in enumerate(plan.counts):
-            query_start[row + 1] = query_start[row] + count
-        total = query_start[-1]
-        slots = torch.tensor(plan.slots)
-        starts = torch.tensor(plan.starts)
+        slots, starts = np.array(plan.slots), np.array(plan.starts)
+        num_rows = len(slots)
+        counts = np.array(plan.counts)
+        seq_lens = starts + counts
+        query_start = np.zeros(num_rows + 1, dtype=np.int64)
+        np.cumsum(counts, out=query_start[1:])
+        total = int(query_start[-1])
+        tables = self.block_tables
         if total == num_rows:
-            row_slots, positions = slots, starts
+            row_slots, positions, decodes = slots, starts, num_rows
         else:
-            counts = torch.tensor(plan.counts)
-            firsts = torch.tensor(query_start[:-1])
-            row_slots = slots.repeat_interleave(counts)
-            positions = torch.arange(total) + (starts - firsts).repeat_interleave(counts)
-        slots, row_slots, positions = self._move(slots), self._move(row_slots), self._move(positions)
-        blocks = self.block_tables[row_slots, positions // self.block_size].long()
-        seq_lens = [start + count for start, count in zip(plan.starts, plan.counts, strict=True)]
-        longest = max(seq_lens)
+            row_slots = np.repeat(slots, counts)
+            positions = np.arange(total) + np.repeat(starts - query_start[:-1], counts)
+            longer = np.flatnonzero(counts > 1)
+            decodes = num_rows - 1 - int(longer[-1])
+        blocks = tables[row_slots, positions // self.block_size].astype(np.int64)
+        longest = int(seq_lens.max())
         width = -(-longest // self.block_size)
-        decodes = 0
-        while decodes < num_rows and plan.counts[num_rows - 1 - decodes] == 1:
-            decodes += 1
         metadata = AttentionMetadata(
-            query_start=self._ints(query_start, torch.int32),
-            seq_lens=self._ints(seq_lens, torch.int32),
-            block_tables=self.block_tables[slots, :width],
-            slot_mapping=blocks * self.block_size + positions % self.block_size,
-            max_query_len=max(plan.counts),
+            query_start=self._move(query_start.astype(np.int32)),
+            seq_lens=self._move(seq_lens.astype(np.int32)),
+            block_tables=self._move(tables[slots, :width]),
+            slot_mapping=self._move(blocks * self.block_size + positions % self.block_size),
+            max_query_len=int(counts.max()),
             max_seq_len=longest,
             num_decode_rows=decodes,
-            query_start_host=query_start,
-            seq_lens_host=seq_lens,
+            query_start_host=query_start.tolist(),
+            seq_lens_host=seq_lens.tolist(),
         )
-        return ModelInputs(self.tokens[row_slots, positions], positions, metadata, query_start)
+        token_ids = self._flat[self._move(row_slots * self._width + positions)].long()
+        return ModelInputs(token_ids, self._move(positions), metadata, query_start[1:] - 1)
 
     def store_drawn(self, plan: StepPlan, token_ids: torch.Tensor) -> None:
         """Appends drawn tokens (int64 ``[S]``, parallel to ``plan.samples``) to their slots."""
-        slots = self._ints([slot for _, slot in plan.samples])
-        ends = self._ints([plan.starts[row] + plan.counts[row] for row, _ in plan.samples])
-        self.tokens[slots, ends] = token_ids.to(torch.int32)
+        starts, counts, width = plan.starts, plan.counts, self._width
+        ends = np.array([slot * width + starts[row] + counts[row] for row, slot in plan.samples])
+        self._flat[self._move(ends)] = token_ids.to(torch.int32)
 
     def prompt_span(self, plan: StepPlan, row: int) -> tuple[int, torch.Tensor] | None:
         """For a row whose prompt log-probabilities are wanted: how many of its tokens predict a
@@ -129,13 +124,9 @@ class BatchState:
     def wants_prompt_logprobs(self) -> bool:
         return bool(self._prompt_lengths)
 
-    def _set_table(self, slot: int, first: int, blocks: list[int]) -> None:
-        if blocks:
-            self.block_tables[slot, first : first + len(blocks)] = self._ints(blocks, torch.int32)
-        self._num_blocks[slot] = first + len(blocks)
+    def _set_table(self, slot: int, blocks: list[int]) -> None:
+        self.block_tables[slot, : len(blocks)] = blocks
+        self._num_blocks[slot] = len(blocks)
 
-    def _ints(self, values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return self._move(torch.tensor(values, dtype=dtype))
-
-    def _move(self, host: torch.Tensor) -> torch.Tensor:
-        return host.to(self.device, non_blocking=True)
+    def _move(self, host: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(host).to(self.device, non_blocking=True)

@@ -123,15 +123,14 @@ class Worker:
     def _sample(self, plan: StepPlan, inputs: ModelInputs, hidden: torch.Tensor) -> Sampled:
         rows = [row for row, _ in plan.samples]
         distinct = list(dict.fromkeys(rows))
-        if len(distinct) < hidden.shape[0]:
-            last = [inputs.query_start[row + 1] - 1 for row in distinct]
-            hidden = hidden[torch.tensor(last, device=self.device)]
-        logits = self.model.compute_logits(hidden)
+        if distinct != list(range(hidden.shape[0])):
+            hidden = hidden[torch.from_numpy(inputs.last_tokens[distinct]).to(self.device)]
         if len(distinct) < len(rows):
             place = {row: index for index, row in enumerate(distinct)}
             rows = [place[row] for row in rows]
         else:
             rows = list(range(len(rows)))
+        logits = self.model.compute_logits(hidden)
         sampled = self.sampler.sample(logits, rows, [slot for _, slot in plan.samples])
         self.batch.store_drawn(plan, sampled.token_ids)
         return sampled
@@ -146,7 +145,7 @@ class Worker:
             if span is None:
                 continue
             count, targets = span
-            first = inputs.query_start[row]
+            first = inputs.attention.query_start_host[row]
             entries: list[SampleLogprobs] = []
             for at in range(0, count, piece):
                 end = min(at + piece, count)

@@ -12,6 +12,7 @@ struct Sums {
   float* values;    // [queries, width]
 };
 
+inline int64_t padded_width(int64_t head_size) { return ceil_div(head_size, W) * W; }
 inline int64_t sums_floats(int64_t queries, int64_t width) { return queries * (width + 2); }
 inline Sums sums_at(float* p, int64_t queries) { return {p, p + queries, p + 2 * queries}; }
 
@@ -252,17 +253,15 @@ struct Found {
   int first, last;
 };
 
-// Finds them through the block table. False on a block id outside the cache.
+// Finds them through the block table.
 template <typename T>
-inline bool find(const AttentionArgs& a, const Step& step, Found& found) {
+inline void find(const AttentionArgs& a, const Step& step, Found& found) {
   const int32_t* table = a.block_tables + step.place.row * a.table_stride;
   found.first = static_cast<int>(step.begin % kKeys);
   found.last = found.first + static_cast<int>(step.end - step.begin);
   int64_t block = step.begin / a.block_size, slot = step.begin % a.block_size;
   for (int t = found.first; t < found.last; block++, slot = 0) {
-    const int64_t id = table[block];
-    if (id < 0 || id >= a.num_blocks) return false;
-    const int64_t offset = id * a.cache_block + step.place.kv_head * a.cache_head;
+    const int64_t offset = table[block] * a.cache_block + step.place.kv_head * a.cache_head;
     for (; slot < a.block_size && t < found.last; slot++, t++) {
       found.keys[t] = static_cast<const T*>(a.k_cache) + offset + slot * a.cache_slot;
       found.values[t] = static_cast<const T*>(a.v_cache) + offset + slot * a.cache_slot;
@@ -272,13 +271,12 @@ inline bool find(const AttentionArgs& a, const Step& step, Found& found) {
   for (int t = 0; t < found.first; t++) found.values[t] = found.values[found.first];
   for (int t = found.last; t < kKeys + W; t++) found.keys[t] = found.keys[found.last - 1];
   for (int t = found.last; t < kKeys; t++) found.values[t] = found.values[found.last - 1];
-  return true;
 }
 
 // The tile's sums over the keys [begin, end) of one segment, into sums. following: what this thread reads
 // after them.
 template <typename T>
-inline bool segment_sums(const AttentionArgs& a, const Place& place, const TileShape& s, const Workspace& w,
+inline void segment_sums(const AttentionArgs& a, const Place& place, const TileShape& s, const Workspace& w,
                          int64_t begin, int64_t end, const Step& following, Sums sums, int64_t width) {
   const int head_size = static_cast<int>(a.head_size);
   for (int m = 0; m < s.count; m++) sums.greatest[m] = kNever;
@@ -286,15 +284,15 @@ inline bool segment_sums(const AttentionArgs& a, const Place& place, const TileS
   for (int64_t i = 0; i < s.count * width; i += W) store(sums.values + i, zero());
   Found both[2];
   Step step = step_at(place, begin, end);
-  if (!find<T>(a, step, both[0])) return false;
+  find<T>(a, step, both[0]);
   for (int turns = 0; step.begin < end; turns ^= 1) {
     const Found& found = both[turns];
     const Found* ahead = &both[turns ^ 1];
     const Step next = step.end < end ? step_at(place, step.end, end) : following;
     if (next.begin == next.end) {
       ahead = &found;
-    } else if (!find<T>(a, next, both[turns ^ 1])) {
-      return false;
+    } else {
+      find<T>(a, next, both[turns ^ 1]);
     }
     const int64_t at = step.begin / kKeys * kKeys;
     const int vectors = (found.last + W - 1) / W;
@@ -319,7 +317,6 @@ inline bool segment_sums(const AttentionArgs& a, const Place& place, const TileS
     step = step_at(place, step.end, end);
   }
   for (int m = 0; m < s.count; m++) sums.weight[m] = hsum(load(w.lanes + m * W));
-  return true;
 }
 
 // total += part, query by query; total is fresh where `first`.

@@ -1,5 +1,6 @@
 // Choice of the instruction-set level, and the per-thread scratch. Built for the baseline CPU.
 #include "kernels.h"
+#include "quant.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -48,8 +49,20 @@ bool select_kernels(const char* name) {
   return true;
 }
 
-void* thread_scratch(size_t bytes) {
-  static thread_local Scratch scratch;
+namespace {
+bool vnni_allowed = true;
+}
+
+bool quant_vnni() {
+  static const bool has = (__builtin_cpu_init(), __builtin_cpu_supports("avx512vnni") != 0);
+  return has && vnni_allowed;
+}
+
+void quant_allow_vnni(bool allow) { vnni_allowed = allow; }
+
+void* thread_scratch(size_t bytes, int slot) {
+  static thread_local Scratch slots[2];
+  Scratch& scratch = slots[slot];
   if (scratch.size < bytes) {
     std::free(scratch.data);
     const size_t rounded = (bytes + 4095) / 4096 * 4096;
@@ -69,4 +82,10 @@ extern "C" __attribute__((visibility("default"))) const char* aserve_cpu_isa() {
 
 extern "C" __attribute__((visibility("default"))) int aserve_cpu_select(const char* name) {
   return aserve::select_kernels(name) ? 1 : 0;
+}
+
+// Called by tests, through ctypes: whether the level avx512 may use AVX512_VNNI. Returns whether it does.
+extern "C" __attribute__((visibility("default"))) int aserve_cpu_vnni(int allow) {
+  aserve::quant_allow_vnni(allow != 0);
+  return aserve::quant_vnni() ? 1 : 0;
 }

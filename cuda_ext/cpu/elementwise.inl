@@ -70,15 +70,26 @@ inline V rounded(V x) {
   }
 }
 
+// Turns the first `rotary` features of a head and copies the others. cos_sin: the row of the head's
+// position, [rotary]. out may be x.
 template <typename T, typename TO>
 inline void rotate_head(const T* x, TO* out, const float* cos_sin, int rotary, int size, bool interleaved) {
   const int half_size = rotary / 2;
   const float *cosine = cos_sin, *sine = cos_sin + half_size;
   if (interleaved) {
-    for (int i = 0; i < half_size; i++) {
-      const float a = hsum(load(x + 2 * i, 1)), b = hsum(load(x + 2 * i + 1, 1));
-      store(out + 2 * i, rounded<T>(set1(a * cosine[i] - b * sine[i])), 1);
-      store(out + 2 * i + 1, rounded<T>(set1(b * cosine[i] + a * sine[i])), 1);
+    for (int i = 0; i < half_size; i += W) {
+      const int n = half_size - i < W ? half_size - i : W;
+      float pairs[2 * W], turned[2 * W] = {};
+      const int first = 2 * n < W ? 2 * n : W;
+      store(pairs, load(x + 2 * i, first));
+      if (2 * n > W) store(pairs + W, load(x + 2 * i + W, 2 * n - W));
+      for (int j = 0; j < n; j++) {
+        const float a = pairs[2 * j], b = pairs[2 * j + 1], c = cosine[i + j], s = sine[i + j];
+        turned[2 * j] = a * c - b * s;
+        turned[2 * j + 1] = b * c + a * s;
+      }
+      store(out + 2 * i, rounded<T>(load(turned)), first);
+      if (2 * n > W) store(out + 2 * i + W, rounded<T>(load(turned + W)), 2 * n - W);
     }
   } else {
     for (int i = 0; i < half_size; i += W) {
@@ -182,16 +193,19 @@ inline V activate(V x) {
 }
 
 template <typename T, Activation kKind>
+inline void gate_row(const T* gate, const T* up, T* out, int64_t count) {
+  const int64_t whole = count / W * W;
+  const int rest = static_cast<int>(count - whole);
+  for (int64_t i = 0; i < whole; i += W) store(out + i, mul(activate<kKind>(load(gate + i)), load(up + i)));
+  if (rest > 0) store(out + whole, mul(activate<kKind>(load(gate + whole, rest)), load(up + whole, rest)), rest);
+}
+
+template <typename T, Activation kKind>
 inline void gated_rows(const GatedArgs& a, const Threads& threads) {
-  const int size = static_cast<int>(a.size), whole = size / W * W, rest = size - whole;
   over_rows(threads, a.x_rows.count, 4 * a.size, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
       const T* gate = static_cast<const T*>(a.x) + a.x_rows.at(row);
-      const T* up = gate + size;
-      T* out = static_cast<T*>(a.out) + row * a.size;
-      for (int i = 0; i < whole; i += W) store(out + i, mul(activate<kKind>(load(gate + i)), load(up + i)));
-      if (rest > 0)
-        store(out + whole, mul(activate<kKind>(load(gate + whole, rest)), load(up + whole, rest)), rest);
+      gate_row<T, kKind>(gate, gate + a.size, static_cast<T*>(a.out) + row * a.size, a.size);
     }
   });
 }
@@ -243,4 +257,67 @@ void greedy_logprob(const LogprobArgs& a, const Threads& threads) {
       }
     });
   });
+}
+
+// The same on float32 rows and ranges, for one thread within a parallel region.
+
+// out = x / sqrt(mean(x^2) + eps) * weight, each [size]. out may be x. Bit for bit what the operation gives.
+inline void rms_norm_row(const float* x, const float* weight, float* out, int64_t size, float eps) {
+  NormArgs a = {};
+  a.x = x;
+  a.weight = weight;
+  a.out = out;
+  a.x_rows = {1, 1, 0, 0};
+  a.size = size;
+  a.eps = eps;
+  norm_row<float, float, false>(a, 0);
+}
+
+// total += x.
+inline void add_range(const float* x, float* total, int64_t count) {
+  const int64_t whole = count / W * W;
+  const int rest = static_cast<int>(count - whole);
+  for (int64_t i = 0; i < whole; i += W) store(total + i, add(load(total + i), load(x + i)));
+  if (rest > 0) store(total + whole, add(load(total + whole, rest), load(x + whole, rest)), rest);
+}
+
+// Rotary embedding of `heads` heads [head_size] that lie one after the other. cos_sin: the row of the token's
+// position, [rotary_size]. out may be x.
+inline void rotate_heads(const float* x, float* out, int64_t heads, int64_t head_size, const float* cos_sin,
+                         int64_t rotary_size, bool interleaved) {
+  for (int64_t h = 0; h < heads; h++)
+    rotate_head(x + h * head_size, out + h * head_size, cos_sin, static_cast<int>(rotary_size),
+                static_cast<int>(head_size), interleaved);
+}
+
+// Where a cache's elements are, strides in elements.
+struct CacheLayout {
+  int64_t block, head, slot;  // strides
+  int64_t block_size, num_blocks;
+  DType dtype;
+};
+
+// Stores one token's keys and values, each [kv_heads, head_size], rounded to the cache's type. False where
+// the slot is outside the cache.
+inline bool store_token(const float* k, const float* v, void* k_cache, void* v_cache, const CacheLayout& cache,
+                        int64_t slot, int64_t kv_heads, int64_t head_size) {
+  const int64_t block = slot / cache.block_size;
+  if (slot < 0 || block >= cache.num_blocks) return false;
+  const int64_t place = block * cache.block + slot % cache.block_size * cache.slot;
+  const int size = static_cast<int>(head_size);
+  with_type(cache.dtype, [&](auto element) {
+    using T = typename Plain<decltype(element)>::type;
+    for (int64_t h = 0; h < kv_heads; h++) {
+      copy_row(k + h * head_size, static_cast<T*>(k_cache) + place + h * cache.head, size);
+      copy_row(v + h * head_size, static_cast<T*>(v_cache) + place + h * cache.head, size);
+    }
+  });
+  return true;
+}
+
+// out = activation(gate) * up. out may be either.
+inline void gate_range(const float* gate, const float* up, float* out, int64_t count, Activation kind) {
+  if (kind == Activation::silu) gate_row<float, Activation::silu>(gate, up, out, count);
+  if (kind == Activation::gelu_tanh) gate_row<float, Activation::gelu_tanh>(gate, up, out, count);
+  if (kind == Activation::gelu_erf) gate_row<float, Activation::gelu_erf>(gate, up, out, count);
 }

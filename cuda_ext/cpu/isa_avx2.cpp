@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "quant.h"
 
 namespace aserve {
 namespace {
@@ -20,13 +21,20 @@ namespace {
 
 #include "attention_tile.inl"
 
+#include "attention_plan.inl"
+
 #include "attention.inl"
 
 #include "dense.inl"
 
+#include "quant_avx2.inl"
+
 #include "quant.inl"
 
-constexpr Kernels table = {"avx2", norm, rotary, store_kv, attention, gated, greedy_logprob};
+#include "linear.inl"
+
+constexpr Kernels table = {"avx2", norm, rotary, store_kv, attention, gated, greedy_logprob,
+                           linear_kernels, packed_linear, packed_rows};
 
 }  // namespace
 

@@ -100,6 +100,21 @@ struct LogprobArgs {
   DType dtype;
 };
 
+struct LinearArgs {
+  PackedWeight weight;
+  const void* x;  // rows of weight.columns
+  Rows x_rows;
+  void* out;  // [rows, weight.rows], contiguous
+  DType dtype, out_dtype;
+};
+
+struct RowsArgs {
+  PackedWeight weight;
+  const int64_t* ids;
+  float* out;  // [count, weight.columns]
+  int64_t count;
+};
+
 struct CopyArgs {
   void* cache;            // [num_blocks, ...], each block one stretch of memory
   const int64_t* pairs;   // [count, 2]: source and destination block, copied in this order
@@ -108,7 +123,7 @@ struct CopyArgs {
 };
 
 // What a kernel found wrong with values that only it reads.
-enum class Status : int { ok = 0, bad_block = 1, bad_slot = 2, bad_position = 3, no_memory = 4 };
+enum class Status : int { ok = 0, bad_block = 1, bad_slot = 2, bad_position = 3, no_memory = 4, bad_row = 5 };
 
 enum class Activation : int { silu = 0, gelu_tanh = 1, gelu_erf = 2 };
 
@@ -120,6 +135,9 @@ struct Kernels {
   Status (*attention)(const AttentionArgs&, const Threads&);
   void (*gated)(const GatedArgs&, Activation, const Threads&);
   void (*greedy_logprob)(const LogprobArgs&, const Threads&);
+  LinearKernels linear;
+  Status (*packed_linear)(const LinearArgs&, const Threads&);
+  Status (*packed_rows)(const RowsArgs&, const Threads&);
 };
 
 const Kernels* avx2_kernels();
@@ -134,7 +152,7 @@ bool select_kernels(const char* name);
 Status copy_blocks(const CopyArgs& args);
 
 // A buffer of at least `bytes`, 64-byte aligned, owned by the calling thread and reused by its next
-// call. Null when memory is short.
-void* thread_scratch(size_t bytes);
+// call for the same slot (0 or 1). Null when memory is short.
+void* thread_scratch(size_t bytes, int slot = 0);
 
 }  // namespace aserve

@@ -2,13 +2,14 @@
 // read them. Everything is called from inside one thread's share of a step; nothing here starts threads.
 //
 // Weights: groups of kGroup output rows, one after the other, each group with all its columns. The last
-// group is filled up with rows of zeros. A dense format keeps [columns / p][16][p] with p = 1 for float32
-// and 2 for the 16-bit types (an odd last column is paired with zero). Quantised formats are described
-// in quant.inl.
+// group is filled up with rows of zeros. A dense group is lines of 64 bytes: float32 [columns][16],
+// float16 [columns / 2][2][16], bfloat16 [columns / 2][16][2] (the layout that the CPUs' dot products of
+// bfloat16 pairs take too); an odd last column is paired with zero. Quantised formats are described in
+// quant.inl.
 //
-// Activations come as float32 and are first made ready: for a dense format they stay float32, for a
-// quantised one they become int8 codes with a scale for each 32 columns. All dense formats share one
-// ready layout, all quantised ones share another.
+// Activations come as float32 and are first made ready: for a dense format they stay float32, with rows
+// at a distance of ready_bytes, for a quantised one they become int8 codes with a scale for each 32
+// columns. All dense formats share one ready layout, all quantised ones share another.
 //
 // A result depends on its own row of activations and its own row of weights, bit for bit: never on how
 // many rows come together, nor on which groups one call covers.
@@ -45,11 +46,19 @@ struct PackedWeight {
   int64_t groups() const { return (rows + kGroup - 1) / kGroup; }
 };
 
+// True for the values of Format that can be packed and multiplied.
+bool known_format(int64_t format);
+// The columns of a matrix in this format come in multiples of it.
+int64_t column_multiple(Format format);
+
 // Sizes in bytes. group_bytes is a multiple of 64. columns of a quantised format: a multiple of 32
 // (of 256 for the K formats).
 size_t group_bytes(Format format, int64_t columns);
 size_t ready_bytes(Format format, int64_t columns);    // of one ready row, a multiple of 64
 size_t scratch_bytes(Format format, int64_t columns);  // that a call of multiply may use
+
+// Packs a dense matrix [rows, columns] of the format's element type into groups() * group_bytes at out.
+void pack_dense(Format format, const void* weight, int64_t rows, int64_t columns, uint8_t* out);
 
 struct LinearKernels {
   // Makes columns [first, first + count) of one row ready. x points at column `first`. For a quantised

@@ -353,6 +353,15 @@ def test_gguf_file(gguf: str, resolve: Resolve) -> None:
     assert resolve(model=gguf, load_format="dummy").load.load_format == "dummy"
 
 
+def test_float32_by_name_decodes_a_gguf_file(gguf: str, resolve: Resolve) -> None:
+    for dtype in ("float32", "float", "Float32"):
+        assert resolve(model=gguf, dtype=dtype).model.quantization is None
+    packed = resolve(model=gguf, dtype="float32", quantization="gguf").model
+    assert (packed.quantization, packed.dtype) == ("gguf", "float32")
+    for dtype in ("auto", "bfloat16", "half"):
+        assert resolve(model=gguf, dtype=dtype).model.quantization == "gguf"
+
+
 @pytest.mark.parametrize(
     ("argument", "value"), [("load_format", "safetensors"), ("load_format", "pt"), ("quantization", "awq")]
 )

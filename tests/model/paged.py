@@ -17,7 +17,8 @@ from aserve.model.loader import load_model
 
 
 def load(path: str | Path, hf_config: Any, max_model_len: int, **settings: Any) -> Model:
-    """Loads ``path`` on the CPU. Settings: load_format, extra_config, dtype (float32), rope_scaling."""
+    """Loads ``path`` on the CPU. Settings: load_format, extra_config, dtype (float32), quantization,
+    rope_scaling."""
     model_config = ModelConfig(
         model=str(path),
         served_model_name=["tiny"],
@@ -31,7 +32,7 @@ def load(path: str | Path, hf_config: Any, max_model_len: int, **settings: Any) 
         dtype=settings.pop("dtype", "float32"),
         seed=0,
         max_model_len=max_model_len,
-        quantization=None,
+        quantization=settings.pop("quantization", None),
         rope_scaling=settings.pop("rope_scaling", None),
         hf_config=hf_config,
         max_logprobs=5,

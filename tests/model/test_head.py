@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from aserve.model.layers import embedding
-from aserve.model.layers.embedding import Embedding, OutputHead
+from aserve.model.layers.embedding import OutputHead, make_embedding
 from aserve.model.layers.linear import Build
 
 
-def make(tied: bool) -> tuple[OutputHead, torch.Tensor]:
-    build = Build(torch.device("cpu"), torch.bfloat16)
-    table = Embedding(build, "embed", 40, 16)
+def make(tied: bool, packed: bool = False) -> tuple[OutputHead, torch.Tensor]:
+    build = Build(torch.device("cpu"), torch.bfloat16, packed=packed)
+    table = make_embedding(build, "embed", 40, 16, is_head=tied)
     head = OutputHead(build, "lm_head", table, tied)
     generator = torch.Generator().manual_seed(3)
     weights = {name: torch.randn(shape, generator=generator) for name, shape in build.table.shapes().items()}
@@ -21,9 +21,10 @@ def make(tied: bool) -> tuple[OutputHead, torch.Tensor]:
     return head, weights["embed.weight" if tied else "lm_head.weight"].bfloat16().double()
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_are_not_rounded_to_the_weights_precision(tied: bool) -> None:
-    head, weight = make(tied)
+def test_logits_are_not_rounded_to_the_weights_precision(tied: bool, packed: bool) -> None:
+    head, weight = make(tied, packed)
     hidden = torch.randn(5, 16, generator=torch.Generator().manual_seed(4)).bfloat16()
     exact = hidden.double() @ weight.T
     logits = head.logits(hidden)

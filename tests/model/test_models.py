@@ -75,7 +75,6 @@ def test_half_precision_stays_close(
     expected = tiny.reference_logits(tiny.model(family), tokens)
     logits = whole_logits(model, tokens)
     assert logits.dtype == torch.float32
-    assert model.head.linear.apply(torch.zeros(1, 48, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert (logits - expected).abs().mean() < 0.02 * expected.std()
 
 

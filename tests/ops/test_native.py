@@ -17,7 +17,7 @@ import torch
 
 from aserve import ops
 from aserve.errors import ConfigError
-from aserve.ops import native
+from aserve.ops import native, packed
 from tests.ops.conftest import ROOT, run_build
 
 
@@ -45,17 +45,18 @@ def test_the_check_refuses_other_symbols(
 
     allowed = setup_ext.ALLOWED_SYMBOLS.read_text().split("\n")
     fewer = tmp_path / "symbols.txt"
-    fewer.write_text("\n".join(line for line in allowed if line != "torch_parallel_for"))
+    fewer.write_text("\n".join(line for line in allowed if line != "torch_get_num_threads"))
     monkeypatch.setattr(setup_ext, "ALLOWED_SYMBOLS", fewer)
-    with pytest.raises(setup_ext.BuildError, match=r"stable ABI: torch_parallel_for$"):
+    with pytest.raises(setup_ext.BuildError, match=r"stable ABI: torch_get_num_threads$"):
         setup_ext.check(built)
 
 
 def test_kernels_do_not_leak_into_other_levels(built: Path) -> None:
-    """A level's objects export their table alone: shared inline code could be used below the level."""
+    """A level's objects export their entry alone: shared inline code could be used below the level."""
     record = json.loads((built.parent / "build.json").read_text())
     objects = [name for name in record["cpu"]["objects"] if name.startswith("isa_")]
-    assert len(objects) == len(native.LEVELS)
+    entries = {level: f"{level}_kernels" for level in native.LEVELS} | {"avx512vnni": "quant_multiply_vnni"}
+    assert len(objects) == len(entries)
     for name in objects:
         listing = subprocess.run(
             ["nm", "-C", "--defined-only", "--extern-only", str(ROOT / "build" / "ext" / name)],
@@ -64,7 +65,8 @@ def test_kernels_do_not_leak_into_other_levels(built: Path) -> None:
             check=True,
         ).stdout.splitlines()
         level = name.removeprefix("isa_").split("-")[0]
-        assert [line.split(" ", 2)[2] for line in listing] == [f"aserve::{level}_kernels()"]
+        names = [line.split(" ", 2)[2].split("(")[0] for line in listing]
+        assert names == [f"aserve::{entries[level]}"]
 
 
 @pytest.mark.parametrize(
@@ -201,6 +203,9 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         ),
         "gated": (x, 0, x[:, :8].clone()),
         "copy_blocks": (cache, torch.tensor([[0, 1]])),
+        "pack_dense": (x, packed.allocate(16 * 64)),
+        "packed_linear": (x, packed.allocate(16 * 64), weight[:5], 0, 5, 16, torch.randn(2, 5)),
+        "packed_rows": (slots[:1], packed.allocate(16 * 64), 0, 5, 16, torch.randn(1, 16)),
         "greedy_logprob": (x, torch.zeros(2, dtype=torch.int64), torch.zeros(2)),
     }
 

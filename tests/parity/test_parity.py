@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
 
 from aserve import LLM, SamplingParams
+from aserve.ops import native
 from tests.parity.make_golden import MODELS, golden_path, greedy, load_oracle
 from tests.parity.prompts import NUM_TOKENS, PROMPTS
 
@@ -23,6 +25,12 @@ def golden(name: str) -> list[dict[str, Any]]:
 
 def params(**options: Any) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, **options)
+
+
+@pytest.fixture(autouse=True)
+def the_level_asked_for() -> None:
+    """A run at a level must not quietly be one at another."""
+    assert os.environ.get(native.LEVEL_VARIABLE, "auto") in ("auto", native.level())
 
 
 def check(name: str, outputs: list[Any], entries: list[dict[str, Any]]) -> None:

@@ -134,6 +134,17 @@ def test_candidates_are_only_a_shortcut(scores: np.ndarray, limits: list, likeli
         assert not (wanted.sure & ~left).any() and not (left & ~wanted.possible).any()
 
 
+def test_a_cut_in_the_far_tail_does_not_depend_on_the_neighbours() -> None:
+    scores = np.random.default_rng(5).standard_normal((40, 2500)).astype(np.float32) * 4
+    nearly_all = 1 - 1e-9
+    alone = torch.from_numpy(scores.copy())
+    truncation.truncate(alone, np.full(40, 2500), np.full(40, nearly_all), np.zeros(40))
+    beside = torch.from_numpy(np.concatenate([scores, scores[:1]]))
+    top_k = np.array([2500] * 40 + [1100])  # makes more candidates be looked at
+    truncation.truncate(beside, top_k, np.array([nearly_all] * 40 + [1.0]), np.zeros(41))
+    assert torch.equal(beside[:40], alone)
+
+
 def test_both_the_shortcut_and_its_fallback_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     widths: list[int] = []
     highest = truncation._highest

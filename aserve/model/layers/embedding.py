@@ -2,46 +2,99 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 
-from aserve.model.layers.linear import Build, Linear
-
-
-class Embedding:
-    """A table ``[rows, width]`` named ``<name>.weight`` in the checkpoint."""
-
-    def __init__(self, build: Build, name: str, rows: int, width: int) -> None:
-        self.weight = build.empty(rows, width)
-        build.table.add(f"{name}.weight", self.weight)
-
-    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids: int64 ``[T]``; returns ``[T, width]``."""
-        return F.embedding(ids, self.weight)
-
-
-class TiedLinear(Linear):
-    """An output head that reads the rows of an embedding."""
-
-    def __init__(self, embedding: Embedding) -> None:
-        super().__init__({}, embedding.weight.shape[1])
-        self.weight = embedding.weight
-        self.out_features = embedding.weight.shape[0]
-
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight)
-
+from aserve.model.layers.linear import Build
+from aserve.ops import packed
 
 _WIDE_BYTES = 256 << 20
 """A head whose float32 copy is no larger than this keeps one, on a CPU."""
 
 
-class OutputHead:
-    """Hidden states to logits.
+class Embedding(ABC):
+    """A table ``[rows, width]`` named ``<name>.weight`` in the checkpoint."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        self.rows, self.width = rows, width
+
+    @abstractmethod
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids: int64 ``[T]``; returns ``[T, width]`` in the run dtype."""
+
+    @abstractmethod
+    def lookup_float(self, ids: torch.Tensor) -> torch.Tensor:
+        """As :meth:`lookup`, in float32."""
+
+    @abstractmethod
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[N, width]`` times every row of the table: float32 ``[N, rows]``."""
+
+
+def make_embedding(build: Build, name: str, rows: int, width: int, *, is_head: bool = False) -> Embedding:
+    """``is_head`` says that :meth:`Embedding.scores` will be called."""
+    if build.packed:
+        return PackedEmbedding(build, name, rows, width)
+    return DenseEmbedding(build, name, rows, width, is_head=is_head)
+
+
+class PackedEmbedding(Embedding):
+    """Rows packed for the native kernels, which give float32 scores whatever the weights are kept in."""
+
+    def __init__(self, build: Build, name: str, rows: int, width: int) -> None:
+        super().__init__(rows, width)
+        self._matrix = build.matrix(rows, width)
+        self._dtype = build.dtype
+        build.table.add(f"{name}.weight", self._matrix)
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.lookup_float(ids).to(self._dtype)
+
+    def lookup_float(self, ids: torch.Tensor) -> torch.Tensor:
+        return packed.rows(self._matrix.weight, ids)
+
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        return packed.linear_float(hidden, self._matrix.weight)
+
+
+class DenseEmbedding(Embedding):
+    """Rows in the run dtype.
 
     Half-precision products round logits to 8 or 11 bits, and likely tokens then tie: a small model's
     greedy answer is decided by the rounding. On a CPU a head that is small enough is therefore computed
     from a float32 copy of its weights.
+    """
+
+    def __init__(self, build: Build, name: str, rows: int, width: int, *, is_head: bool) -> None:
+        super().__init__(rows, width)
+        self.weight = build.empty(rows, width)
+        self._wide: torch.Tensor | None = None
+        build.table.add(f"{name}.weight", self.weight)
+        if is_head:
+            build.on_loaded(self._widen)
+
+    def _widen(self) -> None:
+        if self.weight.device.type != "cpu" or self.weight.dtype is torch.float32:
+            return
+        if self.weight.numel() * torch.float32.itemsize <= _WIDE_BYTES:
+            self._wide = self.weight.float()
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.weight)
+
+    def lookup_float(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.lookup(ids).float()
+
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._wide is not None:
+            return F.linear(hidden.float(), self._wide)
+        return F.linear(hidden, self.weight).float()
+
+
+class OutputHead:
+    """Hidden states to logits, with the rows of the embedding (``tied``) or of a table of its own.
 
     ``softcap`` bounds the logits: ``softcap * tanh(logits / softcap)`` (Gemma 2).
     """
@@ -49,25 +102,14 @@ class OutputHead:
     def __init__(
         self, build: Build, name: str, embedding: Embedding, tied: bool, softcap: float | None = None
     ) -> None:
-        rows, width = embedding.weight.shape
-        self.linear: Linear = TiedLinear(embedding) if tied else build.linear({name: rows}, width)
         self.softcap = softcap
-        self._wide: torch.Tensor | None = None
-        build.on_loaded(self._widen)
-
-    def _widen(self) -> None:
-        weight = getattr(self.linear, "weight", None)  # packed linears have none
-        if weight is None or weight.device.type != "cpu" or weight.dtype is torch.float32:
-            return
-        if weight.numel() * torch.float32.itemsize <= _WIDE_BYTES:
-            self._wide = weight.float()
+        self._table = embedding
+        if not tied:
+            self._table = make_embedding(build, name, embedding.rows, embedding.width, is_head=True)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[N, width]`` to float32 ``[N, rows]``."""
-        if self._wide is not None:
-            logits = F.linear(hidden.float(), self._wide)
-        else:
-            logits = self.linear.apply(hidden).float()
+        logits = self._table.scores(hidden)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits

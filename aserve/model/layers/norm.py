@@ -13,11 +13,12 @@ class RMSNorm:
     """Root-mean-square norm with the weight ``<name>.weight``.
 
     ``unit_offset``: the checkpoint stores ``w`` and the norm multiplies by ``1 + w`` (Gemma). The sum is
-    kept in float32, since rounding it to bfloat16 would drop most of a small ``w``.
+    kept in float32, since rounding it to bfloat16 would drop most of a small ``w``. So is every weight
+    where the native kernels keep hidden states in float32.
     """
 
     def __init__(self, build: Build, name: str, width: int, eps: float, unit_offset: bool = False) -> None:
-        self.weight = build.empty(width, dtype=torch.float32 if unit_offset else None)
+        self.weight = build.empty(width, dtype=torch.float32 if unit_offset or build.packed else None)
         self.eps = eps
         build.table.add(f"{name}.weight", self.weight)
         if unit_offset:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from aserve.model.loader import gguf, pt, safetensors
 from aserve.model.loader.base import Loader, Weights
 
 if TYPE_CHECKING:
+    import torch
+
     from aserve.config.model import ModelConfig
 
 _PATTERNS = ("*.safetensors", "*.bin", "*.pt")
@@ -23,7 +23,7 @@ class AutoLoader(Loader):
     def weights(self, model_config: ModelConfig, expected: Mapping[str, torch.Size]) -> Weights:
         path = Path(model_config.model)
         if path.suffix.lower() == ".gguf":
-            return gguf.read_weights(str(path), getattr(torch, model_config.dtype))
+            return gguf.read_weights(str(path))
         if path.is_dir() or not path.exists():
             for pattern in _PATTERNS:
                 files = self.checkpoint_files(model_config, (pattern,))

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from aserve.errors import ConfigError
+from aserve.model.weights import Value
 
 if TYPE_CHECKING:
     from aserve.config.load import LoadConfig
     from aserve.config.model import ModelConfig
 
-Weights = Iterator[tuple[str, torch.Tensor]]
+Weights = Iterator[tuple[str, Value]]
 
 
 class Loader(ABC):

@@ -18,6 +18,11 @@ _CHUNK = 1 << 17  # values decoded at a time: the float32 intermediates stay in 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def plain_type(ggml_type: int) -> torch.dtype | None:
+    """The floating-point type that ``ggml_type`` is, None for a block format."""
+    return _PLAIN.get(GGMLQuantizationType(ggml_type).name)
+
+
 def dequantize(raw: torch.Tensor, ggml_type: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Decodes the bytes ``raw`` (uint8, 1-D) of one tensor into ``dtype`` and ``shape`` (row-major).
 

@@ -1,4 +1,4 @@
-"""GGUF files: tensors decoded to floating point under the names and in the layout transformers has."""
+"""GGUF files: tensors under the names and in the layout transformers has, matrices still in their blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from aserve.errors import ConfigError
 from aserve.gguf.config import read_config
 from aserve.gguf.reader import open_gguf
 from aserve.model.loader.base import Loader, Weights
-from aserve.model.loader.dequant import dequantize
+from aserve.model.loader.dequant import dequantize, plain_type
+from aserve.model.weights import QuantizedTensor
 
 if TYPE_CHECKING:
     from aserve.config.model import ModelConfig
@@ -50,11 +51,12 @@ class GGUFLoader(Loader):
     def weights(self, model_config: ModelConfig, expected: Mapping[str, torch.Size]) -> Weights:
         if not Path(model_config.model).is_file():
             raise ConfigError(f"load format 'gguf' needs the path of a .gguf file, not {model_config.model}")
-        return read_weights(model_config.model, getattr(torch, model_config.dtype))
+        return read_weights(model_config.model)
 
 
-def read_weights(path: str, dtype: torch.dtype) -> Weights:
-    """Yields every matrix of the file in ``dtype`` and every vector in float32.
+def read_weights(path: str) -> Weights:
+    """Yields every tensor of the file: quantised matrices as :class:`QuantizedTensor`, plain ones as views
+    of the mapped file, vectors in float32.
 
     llama.cpp stores Llama's q and k rows for rotation of neighbouring pairs and Gemma's norm weights
     with their ``1 +`` included; both are put back as transformers has them.
@@ -69,13 +71,24 @@ def read_weights(path: str, dtype: torch.dtype) -> Weights:
             continue
         name = _hf_name(info.name, norms)
         raw = torch.from_numpy(file.tensor_bytes(info))
-        tensor = dequantize(raw, info.ggml_type, info.shape, dtype if len(info.shape) > 1 else torch.float32)
+        pairs = 0  # heads whose rows are stored for rotation of neighbouring pairs
         if is_llama and ".self_attn.q_proj." in name:
-            tensor = _to_halves(tensor, heads)
+            pairs = heads
         elif is_llama and ".self_attn.k_proj." in name:
-            tensor = _to_halves(tensor, kv_heads)
+            pairs = kv_heads
+        if len(info.shape) > 1 and plain_type(info.ggml_type) is None:
+            order = _to_halves(torch.arange(info.shape[0]), pairs) if pairs else None
+            yield name, QuantizedTensor(raw, info.ggml_type, torch.Size(info.shape), order)
+            continue
+        plain = plain_type(info.ggml_type)
+        if plain is not None:
+            tensor = raw.view(plain).view(info.shape)
+        else:
+            tensor = dequantize(raw, info.ggml_type, info.shape, torch.float32)
+        if pairs:
+            tensor = _to_halves(tensor, pairs)
         elif is_gemma and name.endswith("norm.weight"):
-            tensor = tensor - 1.0
+            tensor = tensor.float() - 1.0
         yield name, tensor
 
 
