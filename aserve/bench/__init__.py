@@ -1,1 +1,1 @@
-"""Measurements: ``aserve bench serve | throughput | latency | limits``, and the tools behind ``make bench``."""
+"""Measurements: ``aserve bench serve | throughput | latency | limits``, and what ``make bench`` runs."""

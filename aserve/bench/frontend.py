@@ -8,7 +8,8 @@ separate the two: ``cpu = per_request + length * per_token``. CPU time and not w
 same on a busy machine.
 
 The executor's own thread is counted apart; what it costs is the price of the fake. ``--parts`` adds where
-the time of the loop's thread goes, from a sampling of its stack by CPU time.
+the time of the loop's thread goes, from a sampling of its stack by CPU time. ``--compute N`` makes a step
+of N matrix products on all of torch's threads and says what serving costs it, which needs a quiet machine.
 """
 
 from __future__ import annotations
@@ -135,7 +136,8 @@ class Figures:
     cpu: float
     system: float
     executor: float
-    switches: int
+    step: float
+    alone: float
     wall: float
     events: int
     reads: int
@@ -153,7 +155,7 @@ class Server:
 
     def __init__(self, args: argparse.Namespace) -> None:
         command = [sys.executable, "-m", "aserve.bench.frontend", "--role", "server"]
-        for name in ("model", "port", "clients", "step_ms"):
+        for name in ("model", "port", "clients", "step_ms", "compute"):
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
         if args.parts:
             command.append("--parts")
@@ -194,6 +196,9 @@ class Server:
             self._log.close()
 
 
+_SPENT = ("user", "system", "executor", "computed", "steps")
+
+
 async def one(server: Server, args: argparse.Namespace, length: int, requests: int) -> Figures:
     run = _Run(requests, bodies(args.model, args.endpoint, args.prompt_tokens, length))
     before = server.figures(True)
@@ -201,7 +206,7 @@ async def one(server: Server, args: argparse.Namespace, length: int, requests: i
     await run.run(args.port, args.clients)
     wall = time.perf_counter() - started
     after = server.figures(False)
-    spent = {key: after[key] - before[key] for key in ("user", "system", "executor", "switches")}
+    spent = {key: after[key] - before[key] for key in _SPENT}
     counts = {
         kind: Counter(after.get(kind, {})) - Counter(before.get(kind, {})) for kind in ("parts", "lines")
     }
@@ -211,7 +216,8 @@ async def one(server: Server, args: argparse.Namespace, length: int, requests: i
         spent["user"] + spent["system"],
         spent["system"],
         spent["executor"],
-        spent["switches"],
+        spent["computed"] / max(1, spent["steps"]),
+        after["alone"],
         wall,
         run.events,
         run.reads,
@@ -244,6 +250,11 @@ def report(args: argparse.Namespace, few: Figures, many: Figures) -> str:
     """The table, in microseconds of CPU."""
     token = (many.front - few.front) / (many.length - few.length)
     request = few.front - token * few.length
+    if args.compute:
+        return (
+            f"{args.clients} clients, {args.compute} products per step: {many.alone * 1e3:.2f} ms per step "
+            f"alone, {many.step * 1e3:.2f} ms while serving ({many.step / many.alone - 1:+.1%})"
+        )
     whole = [
         f"front-end CPU, {args.endpoint}, {args.clients} clients, {args.step_ms:g} ms per step: "
         f"{token:.1f} us per streamed token, {request:.0f} us per request",
@@ -251,13 +262,13 @@ def report(args: argparse.Namespace, few: Figures, many: Figures) -> str:
         "| output | us per request | of it in the kernel | executor apart | events per token | tokens/s |",
         "|---:|---:|---:|---:|---:|---:|",
     ]
-    for each in (few, many):
-        whole.append(
-            f"| {each.length} | {each.front:.0f} | {each.system / each.requests * 1e6:.0f} "
-            f"| {each.executor / each.requests * 1e6:.0f} "
-            f"| {each.events / (each.requests * each.length):.2f} "
-            f"| {each.length * each.requests / each.wall:.0f} |"
-        )
+    whole += [
+        f"| {each.length} | {each.front:.0f} | {each.system / each.requests * 1e6:.0f} "
+        f"| {each.executor / each.requests * 1e6:.0f} "
+        f"| {each.events / (each.requests * each.length):.2f} "
+        f"| {each.length * each.requests / each.wall:.0f} |"
+        for each in (few, many)
+    ]
     if args.parts:
         whole += ["", "| part | us per token | us per request |", "|---|---:|---:|"]
         shares = [
@@ -287,6 +298,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--short", type=int, default=4, help="output tokens of the short run")
     found.add_argument("--long", type=int, default=132, help="output tokens of the long run")
     found.add_argument("--step-ms", type=float, default=0.0, help="how long each step takes")
+    found.add_argument(
+        "--compute", type=int, default=0, help="matrix products per step: says what serving costs the step"
+    )
     found.add_argument("--port", type=int, default=8377)
     found.add_argument("--parts", action="store_true", help="say where the time goes")
     found.add_argument("--functions", type=int, default=15, help="functions listed with --parts")

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,12 @@ class InstantExecutor(ExecutorBase):
 
     step_seconds = 0.0
     tokens: Sequence[int] = ()
+    compute: Callable[[], object] | None = None
+    """What a step does besides, in the executor's thread."""
+    computed_seconds = 0.0
+    computed_steps = 0
+    alone_seconds = 0.0
+    """The best mean of ``compute`` before anything was served."""
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
@@ -70,6 +76,13 @@ class InstantExecutor(ExecutorBase):
             self._jobs.put(None)
             self._thread.join()
 
+    def compute_once(self) -> None:
+        if self.compute is not None:
+            started = time.perf_counter()
+            self.compute()
+            self.computed_seconds += time.perf_counter() - started
+            self.computed_steps += 1
+
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             plan, future = job
@@ -77,6 +90,7 @@ class InstantExecutor(ExecutorBase):
                 continue
             if self.step_seconds:
                 time.sleep(self.step_seconds)
+            self.compute_once()
             starts, tokens, count = plan.starts, self.tokens, len(self.tokens)
             drawn = [tokens[(starts[row] + 7 * slot) % count] for row, slot in plan.samples]
             future.set_result(StepResult(plan.step_id, drawn, [-0.5] * len(drawn)))
@@ -145,7 +159,10 @@ def serve(args: argparse.Namespace) -> int:
     from aserve.args import parse_serve_args
     from aserve.engine.async_engine import AsyncLLMEngine
     from aserve.engine.llm_engine import LLMEngine
+    from aserve.server.cli import calm_threads
     from aserve.server.serve import serve as serve_engine
+
+    calm_threads()  # before anything imports torch
 
     seqs = str(max(args.clients, 8))
     argv = [args.model, "--host", "127.0.0.1", "--port", str(args.port), "--max-num-seqs", seqs]
@@ -163,12 +180,37 @@ def serve(args: argparse.Namespace) -> int:
         if not isinstance(executor, InstantExecutor):
             raise TypeError("the executor is not the one that was asked for")
         executor.tokens = engine.engine.get_tokenizer().encode(TEXT, add_special_tokens=False)
+        if args.compute:
+            executor.compute = _products(args.compute)
+            executor.alone_seconds = min(_alone(executor) for _ in range(3))
+            executor.computed_seconds, executor.computed_steps = 0.0, 0
         threading.Thread(target=_answer, args=(executor, sampler), daemon=True).start()
         if sampler is not None:
             sampler.start()
         return await serve_engine(engine, server_args, engine_args)
 
     return uvloop.run(main())
+
+
+def _products(count: int) -> Callable[[], object]:
+    """A step's work: ``count`` products of matrices, on as many threads as torch uses."""
+    import torch
+
+    left, right = torch.randn(256, 512), torch.randn(512, 512)
+
+    def work() -> None:
+        for _ in range(count):
+            torch.mm(left, right)
+
+    return work
+
+
+def _alone(executor: InstantExecutor, steps: int = 100) -> float:
+    """Seconds per step with nothing else going on in this process."""
+    executor.computed_seconds, executor.computed_steps = 0.0, 0
+    for _ in range(steps):
+        executor.compute_once()
+    return executor.computed_seconds / steps
 
 
 def _answer(executor: InstantExecutor, sampler: StackSampler | None) -> None:
@@ -179,6 +221,9 @@ def _answer(executor: InstantExecutor, sampler: StackSampler | None) -> None:
             "user": usage.ru_utime,
             "system": usage.ru_stime,
             "executor": executor.cpu_seconds,
+            "computed": executor.computed_seconds,
+            "alone": executor.alone_seconds,
+            "steps": executor.computed_steps,
             "switches": usage.ru_nvcsw + usage.ru_nivcsw,
         }
         if sampler is not None:

@@ -90,7 +90,9 @@ def parser() -> argparse.ArgumentParser:
     )
     results = parser.add_argument_group("Results")
     results.add_argument(
-        "--percentile-metrics", default="ttft,tpot,itl", help="Of ttft, tpot, itl, e2el. (default: all but e2el)"
+        "--percentile-metrics",
+        default="ttft,tpot,itl",
+        help="Of ttft, tpot, itl, e2el. (default: all but e2el)",
     )
     results.add_argument("--metric-percentiles", default="99", help="Such as 50,90,99. (default: 99)")
     results.add_argument(
@@ -197,9 +199,7 @@ async def _measure(
         "burstiness": options.burstiness,
         "max_concurrency": options.max_concurrency,
     }
-    result |= metrics.summary(
-        answers, seconds, metrics=chosen, percentiles=percentiles, goodput=goodput
-    )
+    result |= metrics.summary(answers, seconds, metrics=chosen, percentiles=percentiles, goodput=goodput)
     result["errors"] = [answer.error for answer in answers if answer.error is not None]
     if options.save_detailed:
         result["input_lens"] = [answer.prompt_tokens for answer in answers]
@@ -218,7 +218,12 @@ def _requests(options: argparse.Namespace, model: str, chat: bool) -> list[datas
         )
     elif options.dataset_name == "sharegpt":
         requests = datasets.sharegpt_requests(
-            options.dataset_path, count, options.sharegpt_output_len, seed, shuffle, _tokenizer(options, model)
+            options.dataset_path,
+            count,
+            options.sharegpt_output_len,
+            seed,
+            shuffle,
+            _tokenizer(options, model),
         )
     else:
         requests = datasets.random_requests(

@@ -28,6 +28,7 @@ class Service:
     """The engine behind the routes, from before it is loaded until it is stopped.
 
     on_fatal: called once, from the event loop, if the engine cannot be loaded.
+    on_loaded: called once, likewise, when it is.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class Service:
         chat_template: str | None = None,
         log_requests: bool = True,
         on_fatal: Callable[[], None] | None = None,
+        on_loaded: Callable[[], None] | None = None,
     ) -> None:
         self.args = args
         self.chat_template = chat_template
         self.log_requests = log_requests
         self.engine: AsyncLLMEngine | None = None
         self.on_fatal = on_fatal
+        self.on_loaded = on_loaded
         self.load_error: BaseException | None = None
         self.draining: str | None = None
         self.courier = Courier()
@@ -62,6 +65,8 @@ class Service:
             return
         self.load_error = task.exception()
         if self.load_error is None:
+            if self.on_loaded is not None:
+                self.on_loaded()
             return
         if isinstance(self.load_error, AserveError):
             logger.error("the model could not be loaded: %s", self.load_error)
