@@ -50,6 +50,7 @@ class Service:
         self.draining: str | None = None
         self.courier = Courier()
         self._loading: asyncio.Task[None] | None = None
+        self._settled = asyncio.Event()
         self._unknown_fields: set[str] = set()
 
     # ---------------------------------------------------------------- life of the engine
@@ -61,6 +62,7 @@ class Service:
         self._loading.add_done_callback(self._loaded)
 
     def _loaded(self, task: asyncio.Task[None]) -> None:
+        self._settled.set()
         if task.cancelled():
             return
         self.load_error = task.exception()
@@ -92,7 +94,7 @@ class Service:
         return (
             self.engine is not None
             and self._loading is not None
-            and self._loading.done()
+            and self._settled.is_set()
             and (not self._loading.cancelled() and self.load_error is None)
         )
 
@@ -103,9 +105,9 @@ class Service:
             raise EngineBusyError(self.draining)
         if self.engine is None or self._loading is None:
             raise EngineBusyError("the server is starting")
-        if not self._loading.done():
-            # wait() and not await: a request that is cancelled must not cancel the load.
-            await asyncio.wait([self._loading])
+        if not self._settled.is_set():
+            # Not the task: that is done a moment before its outcome is noted.
+            await self._settled.wait()
         if self.load_error is not None or self._loading.cancelled():
             raise EngineDeadError("the model could not be loaded")
         return self.engine
