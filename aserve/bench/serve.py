@@ -132,8 +132,8 @@ def main(argv: list[str]) -> int:
             request_rate=options.request_rate,
         )
     )
-    for error in dict.fromkeys(result["errors"]):
-        print(f"failed: {error}", file=sys.stderr)
+    for message in dict.fromkeys(result["errors"]):
+        print(f"failed: {message}", file=sys.stderr)
     if options.save_result or options.save_detailed:
         print(f"saved: {_save(options, result)}")
     return 0 if result["completed"] else 1
@@ -166,7 +166,7 @@ async def _measure(
         {"Authorization": f"Bearer {key}"} if key else {},
     )
     try:
-        models = await _wait_for(client, options.ready_check_timeout_sec)
+        models = await wait_for(client, options.ready_check_timeout_sec)
         model = options.model or models["data"][0]["id"]
         chat = options.endpoint.endswith("chat/completions")
         requests = _requests(options, model, chat)
@@ -274,7 +274,7 @@ def payload(
     return body
 
 
-async def _wait_for(client: Client, seconds: float) -> Any:
+async def wait_for(client: Client, seconds: float) -> Any:
     """The server's list of models. OSError or ValueError: none within ``seconds``."""
     deadline = time.monotonic() + seconds
     while True:
@@ -343,7 +343,7 @@ def _save(options: argparse.Namespace, result: dict[str, Any]) -> Path:
     if name is None:
         model = str(result["model_id"]).rsplit("/", 1)[-1]
         name = f"{result['request_rate']}qps-{model}-{result['date']}.json"
-    path = Path(options.result_dir) / name
+    path = Path(options.result_dir, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result) + "\n", encoding="utf-8")
     return path
