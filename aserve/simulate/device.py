@@ -237,7 +237,7 @@ class StepModel:
                 pairs += (count - 1) * (starts[row] + 1) + count * (count - 1) / 2
         else:
             context, pairs = _windowed(starts, counts, self._window)
-        swapped = len(getattr(plan, "swap_ins", ())) + len(getattr(plan, "swap_outs", ()))
+        swapped = len(plan.swap_ins) + len(plan.swap_outs)
         return self.cost(
             tokens, len(plan.samples), pairs, context, len(starts), len(plan.block_copies), swapped
         )

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from aserve.simulate import compare, policy
+from aserve.simulate import compare
 from aserve.simulate.compare import Scenario
 from aserve.simulate.device import PRESETS
 from aserve.simulate.svg import Points, line_chart
@@ -107,9 +107,7 @@ def memory() -> dict[str, str]:
 
 
 def prefixes(jobs: int) -> dict[str, str]:
-    """What a shared system prompt costs with and without prefix caching, where there is such a thing."""
-    if "prefix_caching" not in policy.options():
-        return {}
+    """What a shared system prompt costs with and without prefix caching."""
     base = Scenario(PRESETS["h100-8b"], dataclasses.replace(CHAT, count=500, rate=8.0))
     lines: dict[str, Points] = {}
     for name, caching in (("off", False), ("on", True)):
