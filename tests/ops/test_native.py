@@ -203,6 +203,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         ),
         "gated": (x, 0, x[:, :8].clone()),
         "copy_blocks": (cache, torch.tensor([[0, 1]])),
+        "swap_blocks": (cache, cache.clone(), torch.tensor([[0, 1]])),
         "pack_dense": (x, packed.allocate(16 * 64)),
         "packed_linear": (x, packed.allocate(16 * 64), weight[:5], 0, 5, 16, torch.randn(2, 5)),
         "packed_rows": (slots[:1], packed.allocate(16 * 64), 0, 5, 16, torch.randn(1, 16)),
