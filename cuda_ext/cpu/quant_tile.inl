@@ -230,8 +230,6 @@ inline void row_tiles(TileArgs args, int64_t rows) {
   }
 }
 
-// Up to this many rows a tile takes the weights apart itself; for more they are expanded once.
-constexpr int64_t kDirectRows = kParts == 1 ? 12 : kTileRows;
 // Rows of activations gone through before going on to the next weights stay in the second-level cache.
 constexpr int64_t kChunkBytes = 384 << 10;
 // How far ahead of the block at hand weights are asked for.
@@ -241,7 +239,10 @@ template <Format kFormat, int kGroups>
 inline void multiply_groups(size_t size, TileArgs args, int64_t rows, uint8_t* scratch) {
   const size_t next = kGroups * size;
   const size_t ahead = kGroups == 1 || next > 2 * kAhead ? kAhead : next;
-  if (rows <= kDirectRows || kFormat == Format::q8_0) {
+  // Up to so many rows the tiles take the codes apart themselves, for more that is done once. Nibbles cost a
+  // tile little; 5- and 6-bit codes more.
+  constexpr int bits = quant_layout(kFormat).bits;
+  if (bits == 8 || rows <= (bits == 4 ? kDirectRows4 : kDirectRows)) {
     args.group_stride = size;
     args.ahead = ahead;
     row_tiles<kFormat, Packed<kFormat>, kGroups>(args, rows);
