@@ -1,17 +1,19 @@
 // Quantised linear layers: GGUF weights kept packed, multiplied with int8 activations.
 //
-// Weights. A group of 16 rows holds, one after the other:
-//   codes   [columns / 32] blocks, each of whole 64-byte lines:
+// Weights. A group of 16 rows is a sequence of chunks of 256 columns (the last may have fewer), each laid
+// out as below: so the weights lie in memory in about the order in which they are read, which a read at
+// the memory's full rate asks for. A chunk holds, one after the other:
+//   codes   a block for each 32 columns, of whole 64-byte lines:
 //             nibbles  4 lines (4- to 6-bit formats): line j, byte 4 r + b of row r holds column 4 j + b in
 //                      its low and column 16 + 4 j + b in its high half
 //             plane    1 line (5-bit): bit j of byte 4 r + b is bit 4 of column 4 j + b, j < 8
 //                      2 lines (6-bit): bits 2 j, 2 j + 1 of byte 4 r + b of line i are bits 4, 5 of
 //                      column 16 i + 4 j + b, j < 4
 //             bytes    8 lines (Q8_0): line j, byte 4 r + b holds column 4 j + b, plus 128
-//   scales  [columns / 32] of 16 fp16 scales (and 16 fp16 minima), or for the K formats of 16 byte scales
+//   scales  for each 32 columns 16 fp16 scales (and 16 fp16 minima), or for the K formats of 16 byte scales
 //           and 16 byte minima (Q6_K: 16 signed scales of each half of the block)
-//   supers  K formats: [columns / 256] of 16 fp16 scales (and, but for Q6_K, 16 fp16 scales of the minima)
-// and zeros up to a multiple of 64 bytes. Nothing is rounded: the codes and scales are those of the file,
+//   supers  K formats: 16 fp16 scales (and, but for Q6_K, 16 fp16 scales of the minima)
+// and a group zeros up to a multiple of 64 bytes. Nothing is rounded: the codes and scales are those of the file,
 // and but for that filling a group takes the file's bytes (K formats: 0.125 bits a weight more, none for
 // Q6_K, as 6-bit scales become bytes).
 //
@@ -76,6 +78,8 @@ static constexpr QuantLayout quant_layout(Format format) {
 // A group of the large-batch path, in scratch: one code a byte and float32 scales. A block is 8 lines of codes,
 // 16 scales, and 16 minima (Q6_K: 16 scales of its second half).
 constexpr int kExpandedBlock = 640;
+
+constexpr int kChunk = 8;  // blocks of 32 columns in a chunk
 
 // Sizes in bytes, as group_bytes, ready_bytes and scratch_bytes of linear.h.
 size_t quant_group_bytes(Format format, int64_t columns);

@@ -135,20 +135,25 @@ void read_codes(const QuantLayout& layout, const uint8_t* block, int row, int co
   }
 }
 
+// Offsets in a chunk of `blocks` blocks.
 struct Parts {
-  size_t scales, supers, end;
+  int64_t scales, supers, end;
 };
 
-Parts parts_of(const QuantLayout& layout, int64_t columns) {
-  const auto blocks = static_cast<size_t>(columns / 32);
-  const size_t scales = blocks * layout.code_bytes, supers = scales + blocks * layout.scale_bytes;
-  return {scales, supers, supers + blocks / 8 * layout.super_bytes};
+Parts parts_of(const QuantLayout& layout, int64_t blocks) {
+  const int64_t scales = blocks * layout.code_bytes, supers = scales + blocks * layout.scale_bytes;
+  return {scales, supers, supers + layout.super_bytes};
 }
+
+int64_t chunk_blocks(int64_t blocks, int64_t first) { return blocks - first < kChunk ? blocks - first : kChunk; }
 
 }  // namespace
 
 size_t quant_group_bytes(Format format, int64_t columns) {
-  return (parts_of(quant_layout(format), columns).end + 63) / 64 * 64;
+  const QuantLayout layout = quant_layout(format);
+  const int64_t blocks = columns / 32;
+  const int64_t used = blocks * (layout.code_bytes + layout.scale_bytes) + blocks / kChunk * layout.super_bytes;
+  return static_cast<size_t>((used + 63) / 64 * 64);
 }
 
 size_t quant_scratch_bytes(Format, int64_t columns) { return static_cast<size_t>(columns / 32) * 2 * kExpandedBlock; }
@@ -158,27 +163,28 @@ size_t quant_ready_bytes(int64_t columns) { return static_cast<size_t>(columns /
 void pack_quant(Format format, const uint8_t* file_rows, const int64_t* row_order, int64_t rows, int64_t columns,
                 uint8_t* out) {
   const QuantLayout layout = quant_layout(format);
-  const Parts parts = parts_of(layout, columns);
   const size_t group_size = quant_group_bytes(format, columns);
-  const int64_t file_blocks = columns / layout.file_columns;
+  const int64_t blocks = columns / 32;
   for (int64_t first = 0; first < rows; first += kGroup, out += group_size) {
     // The rows of a group go in side by side: its lines are written while they are in cache.
     std::memset(out, 0, group_size);
     for (int row = 0; row < kGroup && first + row < rows; row++) {
       const int64_t source = row_order == nullptr ? first + row : row_order[first + row];
-      const uint8_t* file = file_rows + source * file_blocks * layout.file_bytes;
-      uint8_t *codes = out, *scales = out + parts.scales, *supers = out + parts.supers;
-      for (int64_t b = 0; b < file_blocks; b++, file += layout.file_bytes) {
-        if (layout.super_bytes == 0) {
-          pack_block(format, file, {codes, row, layout.bits}, scales);
-          codes += layout.code_bytes;
-          scales += layout.scale_bytes;
+      const uint8_t* file = file_rows + source * (columns / layout.file_columns) * layout.file_bytes;
+      uint8_t* chunk = out;
+      for (int64_t b = 0; b < blocks; b += kChunk) {
+        const int64_t count = chunk_blocks(blocks, b);
+        const Parts parts = parts_of(layout, count);
+        if (layout.super_bytes != 0) {
+          pack_super(format, file, row, chunk, chunk + parts.scales, chunk + parts.supers);
+          file += layout.file_bytes;
         } else {
-          pack_super(format, file, row, codes, scales, supers);
-          codes += 8 * layout.code_bytes;
-          scales += 8 * layout.scale_bytes;
-          supers += layout.super_bytes;
+          for (int64_t i = 0; i < count; i++, file += layout.file_bytes) {
+            const Lines lines = {chunk + i * layout.code_bytes, row, layout.bits};
+            pack_block(format, file, lines, chunk + parts.scales + i * layout.scale_bytes);
+          }
         }
+        chunk += parts.end;
       }
     }
   }
@@ -186,14 +192,16 @@ void pack_quant(Format format, const uint8_t* file_rows, const int64_t* row_orde
 
 void quant_unpack_row(const PackedWeight& weight, int64_t row, float* out) {
   const QuantLayout layout = quant_layout(weight.format);
-  const Parts parts = parts_of(layout, weight.columns);
-  const uint8_t* group = weight.data + static_cast<size_t>(row / kGroup) * quant_group_bytes(weight.format, weight.columns);
+  const int64_t blocks = weight.columns / 32;
+  const uint8_t* chunk = weight.data + static_cast<size_t>(row / kGroup) * quant_group_bytes(weight.format, weight.columns);
   const int r = static_cast<int>(row % kGroup);
-  for (int64_t b = 0; b < weight.columns / 32; b++, out += 32) {
-    const uint8_t* scales = group + parts.scales + b * layout.scale_bytes;
-    const uint8_t* supers = group + parts.supers + b / 8 * layout.super_bytes;
+  for (int64_t b = 0; b < blocks; b++, out += 32) {
+    const Parts parts = parts_of(layout, chunk_blocks(blocks, b / kChunk * kChunk));
+    const uint8_t* scales = chunk + parts.scales + b % kChunk * layout.scale_bytes;
+    const uint8_t* supers = chunk + parts.supers;
     int codes[32];
-    read_codes(layout, group + b * layout.code_bytes, r, codes);
+    read_codes(layout, chunk + b % kChunk * layout.code_bytes, r, codes);
+    if (b % kChunk == kChunk - 1) chunk += parts.end;
     float scale[2], least = 0.0f;
     if (layout.super_bytes == 0) {
       scale[0] = scale[1] = half_to_float(scales + 2 * r);

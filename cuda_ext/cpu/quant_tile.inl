@@ -10,15 +10,21 @@ namespace quant {
 
 #define UNROLL _Pragma("GCC unroll 16")
 
-// How the kernels see a group of packed weights.
+// How the kernels see a chunk of packed weights. b: a block of the chunk; offset: from the group at hand to
+// another one.
 template <Format kFormat>
 struct Packed {
   static constexpr QuantLayout layout = quant_layout(kFormat);
   static constexpr bool kSuper = layout.super_bytes != 0;
+  // Of a block, with its share of the chunk's end: how far apart blocks are, near enough to prefetch by.
+  static constexpr int kBlockBytes = layout.code_bytes + layout.scale_bytes + layout.super_bytes / kChunk;
   const uint8_t *codes, *scales, *supers;
 
-  Packed(const uint8_t* group, int64_t blocks)
-      : codes(group), scales(group + blocks * layout.code_bytes), supers(scales + blocks * layout.scale_bytes) {}
+  // Of a group: block `first`, a multiple of kChunk, and those after it.
+  Packed(const uint8_t* group, int64_t first, int64_t count)
+      : codes(group + first * (layout.code_bytes + layout.scale_bytes) + first / kChunk * layout.super_bytes),
+        scales(codes + count * layout.code_bytes),
+        supers(scales + count * layout.scale_bytes) {}
 
   // Step j of block b: the codes of columns 4 j .. 4 j + 3.
   Int line(size_t offset, int64_t b, int j, int part) const {
@@ -40,21 +46,19 @@ struct Packed {
   V scale(size_t offset, int64_t b, int h, int part) const {
     const uint8_t* own = scales + offset + b * layout.scale_bytes;
     if constexpr (!kSuper) return halves(own, part);
-    const V super = halves(supers + offset + b / 8 * layout.super_bytes, part);
+    const V super = halves(supers + offset, part);
     return mul(super, layout.bits == 6 ? signed_bytes(own + 16 * h, part) : unsigned_bytes(own, part));
   }
   V least(size_t offset, int64_t b, int part) const {
     const uint8_t* own = scales + offset + b * layout.scale_bytes;
     if constexpr (!kSuper) return halves(own + 32, part);
-    const V super = halves(supers + offset + b / 8 * layout.super_bytes + 32, part);
+    const V super = halves(supers + offset + 32, part);
     return mul(super, sub(zero(), unsigned_bytes(own + 16, part)));
   }
   void prefetch(size_t offset, int64_t b) const {
-    const uint8_t* block = codes + offset + b * layout.code_bytes;
+    const char* block = reinterpret_cast<const char*>(codes) + offset + b * kBlockBytes;
     UNROLL
-    for (int i = 0; i < layout.code_bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(block + i), _MM_HINT_T0);
-    const uint8_t* own = scales + offset + b * layout.scale_bytes;
-    _mm_prefetch(reinterpret_cast<const char*>(own), _MM_HINT_T0);
+    for (int i = 0; i < kBlockBytes; i += 64) _mm_prefetch(block + i, _MM_HINT_T0);
   }
 };
 
@@ -63,6 +67,8 @@ template <Format kFormat>
 struct Expanded {
   static constexpr QuantLayout layout = quant_layout(kFormat);
   const uint8_t* blocks;
+
+  Expanded(const uint8_t* group, int64_t first, int64_t) : blocks(group + first * kExpandedBlock) {}
 
   Int line(size_t offset, int64_t b, int j, int part) const {
     return load_line(blocks + offset + b * kExpandedBlock + 64 * j, part);
@@ -78,8 +84,9 @@ struct Expanded {
 template <Format kFormat>
 [[gnu::noinline]] void expand(const uint8_t* group, int64_t blocks, size_t ahead, uint8_t* out) {
   constexpr QuantLayout layout = quant_layout(kFormat);
-  const Packed<kFormat> source(group, blocks);
-  for (int64_t b = 0; b < blocks; b++, out += kExpandedBlock) {
+  for (int64_t block = 0; block < blocks; block++, out += kExpandedBlock) {
+    const int64_t first = block / kChunk * kChunk, b = block - first;
+    const Packed<kFormat> source(group, first, minimum(kChunk, blocks - first));
     source.prefetch(ahead, b);
     float* floats = reinterpret_cast<float*>(out + 512);
     UNROLL
@@ -102,6 +109,7 @@ constexpr Start start_of(int half) {
 }
 
 struct TileArgs {
+  const uint8_t* weights;  // of the first group: packed or expanded
   const Ready* ready;
   int64_t blocks;       // of a row
   size_t group_stride;  // from group to group of the source
@@ -115,7 +123,7 @@ struct TileArgs {
 // kMade rows times kGroups groups. The sums of a block are integers in registers; those of all blocks
 // are floats, which the compiler may keep in memory: they are touched once in eight steps.
 template <Format kFormat, class Source, int kMade, int kGroups>
-[[gnu::noinline]] void tile(const Source source, const TileArgs& args) {
+[[gnu::noinline]] void tile(const TileArgs& args) {
   constexpr QuantLayout layout = quant_layout(kFormat);
   constexpr int kVectors = kGroups * kParts, kSplits = layout.bits == 6 ? 2 : 1;
   const int64_t blocks = args.blocks;
@@ -127,12 +135,14 @@ template <Format kFormat, class Source, int kMade, int kGroups>
     UNROLL
     for (int v = 0; v < kVectors; v++) total[i][v] = zero();
   }
-  for (int64_t b = 0; b < blocks; b++) {
+  for (int64_t block = 0; block < blocks; block++) {
+    const int64_t first = block / kChunk * kChunk, b = block - first;
+    const Source source(args.weights, first, minimum(kChunk, blocks - first));
     if (ahead != 0) {
       UNROLL
       for (int g = 0; g < kGroups; g++) source.prefetch(g * stride + ahead, b);
     }
-    const Ready* x = ready + b;
+    const Ready* x = ready + block;
     UNROLL
     for (int h = 0; h < kSplits; h++) {
       constexpr int kSteps = 8 / kSplits;
@@ -199,20 +209,20 @@ template <Format kFormat, class Source, int kMade, int kGroups>
 }
 
 template <Format kFormat, class Source, int kGroups, int kMade = kTileRows>
-inline void tile_of(int64_t made, const Source& source, const TileArgs& args) {
+inline void tile_of(int64_t made, const TileArgs& args) {
   if constexpr (kMade > 1) {
-    if (made < kMade) return tile_of<kFormat, Source, kGroups, kMade - 1>(made, source, args);
+    if (made < kMade) return tile_of<kFormat, Source, kGroups, kMade - 1>(made, args);
   }
-  tile<kFormat, Source, kMade, kGroups>(source, args);
+  tile<kFormat, Source, kMade, kGroups>(args);
 }
 
 // `rows` rows times kGroups groups, in tiles of nearly equal height.
 template <Format kFormat, class Source, int kGroups>
-inline void row_tiles(const Source& source, TileArgs args, int64_t rows) {
+inline void row_tiles(TileArgs args, int64_t rows) {
   const int64_t tiles = ceil_div(rows, kTileRows);
   for (int64_t t = 0, row = 0; t < tiles; t++) {
     const int64_t made = rows * (t + 1) / tiles - row;
-    tile_of<kFormat, Source, kGroups>(made, source, args);
+    tile_of<kFormat, Source, kGroups>(made, args);
     args.ready += made * args.blocks;
     args.out += made * args.out_stride;
     args.ahead = 0;
@@ -225,21 +235,24 @@ constexpr int64_t kDirectRows = kParts == 1 ? 12 : kTileRows;
 // Rows of activations gone through before going on to the next weights stay in the second-level cache.
 constexpr int64_t kChunkBytes = 384 << 10;
 // How far ahead of the block at hand weights are asked for.
-constexpr size_t kAhead = 4096;
+constexpr size_t kAhead = 16384;
 
 template <Format kFormat, int kGroups>
-inline void multiply_groups(const uint8_t* group, size_t size, TileArgs args, int64_t rows, uint8_t* scratch) {
+inline void multiply_groups(size_t size, TileArgs args, int64_t rows, uint8_t* scratch) {
   const size_t next = kGroups * size;
-  const size_t ahead = kGroups == 1 || next > 4 * kAhead ? kAhead : next;
+  const size_t ahead = kGroups == 1 || next > 2 * kAhead ? kAhead : next;
   if (rows <= kDirectRows || kFormat == Format::q8_0) {
     args.group_stride = size;
     args.ahead = ahead;
-    row_tiles<kFormat, Packed<kFormat>, kGroups>(Packed<kFormat>(group, args.blocks), args, rows);
+    row_tiles<kFormat, Packed<kFormat>, kGroups>(args, rows);
   } else {
     args.group_stride = static_cast<size_t>(args.blocks) * kExpandedBlock;
     args.ahead = 0;
-    for (int g = 0; g < kGroups; g++) expand<kFormat>(group + g * size, args.blocks, ahead, scratch + g * args.group_stride);
-    row_tiles<kFormat, Expanded<kFormat>, kGroups>(Expanded<kFormat>{scratch}, args, rows);
+    for (int g = 0; g < kGroups; g++) {
+      expand<kFormat>(args.weights + g * size, args.blocks, ahead, scratch + g * args.group_stride);
+    }
+    args.weights = scratch;
+    row_tiles<kFormat, Expanded<kFormat>, kGroups>(args, rows);
   }
 }
 
@@ -255,14 +268,14 @@ void multiply_format(const PackedWeight& weight, const Ready* ready, int64_t row
     for (int64_t group = first; group < last;) {
       const int64_t column = group * kGroup;
       const float* bias = weight.bias == nullptr ? nullptr : weight.bias + column;
-      const TileArgs args = {ready + row * blocks, blocks, 0, 0, out + row * out_stride + column, out_stride, bias,
-                             weight.rows - column};
       const uint8_t* data = weight.data + static_cast<size_t>(group) * size;
+      const TileArgs args = {data, ready + row * blocks, blocks, 0, 0, out + row * out_stride + column, out_stride,
+                             bias, weight.rows - column};
       if (kTileGroups > 1 && count > 1 && last - group >= kTileGroups) {
-        multiply_groups<kFormat, kTileGroups>(data, size, args, count, scratch);
+        multiply_groups<kFormat, kTileGroups>(size, args, count, scratch);
         group += kTileGroups;
       } else {
-        multiply_groups<kFormat, 1>(data, size, args, count, scratch);
+        multiply_groups<kFormat, 1>(size, args, count, scratch);
         group++;
       }
     }
