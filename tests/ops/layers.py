@@ -49,8 +49,8 @@ def layers(shape: Shape, seed: int = 0) -> tuple[list[LayerSpec], torch.Tensor]:
     """The layers and the final norm."""
     random = torch.Generator().manual_seed(seed)
     wide, narrow = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    sizes = ((wide, shape.hidden), (narrow, shape.hidden), (narrow, shape.hidden), (shape.hidden, wide))
-    sizes += ((shape.mlp, shape.hidden), (shape.mlp, shape.hidden), (shape.hidden, shape.mlp))
+    attention = ((wide, shape.hidden), (narrow, shape.hidden), (narrow, shape.hidden), (shape.hidden, wide))
+    sizes = (*attention, (shape.mlp, shape.hidden), (shape.mlp, shape.hidden), (shape.hidden, shape.mlp))
 
     def norm(size: int) -> torch.Tensor:
         return 1 + 0.3 * torch.randn(size, generator=random)
@@ -103,7 +103,9 @@ def quantised(weight: torch.Tensor, format: str) -> torch.Tensor:
     if not format.endswith("_k"):
         return torch.from_numpy(quantize(weight.numpy(), kind).reshape(-1).view(np.uint8).copy())
     block, size = GGML_QUANT_SIZES[kind]
-    blocks = np.random.default_rng(weight.numel()).integers(0, 256, (weight.numel() // block, size), dtype=np.uint8)
+    blocks = np.random.default_rng(weight.numel()).integers(
+        0, 256, (weight.numel() // block, size), dtype=np.uint8
+    )
     # The block's own scales, float16, lie first, or last in q6_k.
     scales = blocks[:, -2:] if format == "q6_k" else blocks[:, :4]
     scales.view(np.float16)[:] = 1e-4 if format == "q6_k" else 1e-3

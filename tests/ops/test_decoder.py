@@ -40,8 +40,15 @@ SHAPES = {
     "q4_1": replace(LLAMA, formats=("q4_1",) * 7, cache=torch.bfloat16, bias=True),
     "q8_0": replace(LLAMA, formats=("q8_0",) * 7, sandwich=True),
     "mixed": replace(LLAMA, formats=("q4_0", "f32", "q8_0", "bf16", "q4_1", "f16", "q4_1"), bias=True),
-    "mixed-k": replace(LLAMA, formats=("q4_k", "q6_k", "q4_k", "q6_k", "f32", "q4_k", "q6_k"), hidden=256, mlp=256,
-                       heads=4, head_size=64, rotary=64),
+    "mixed-k": replace(
+        LLAMA,
+        formats=("q4_k", "q6_k", "q4_k", "q6_k", "f32", "q4_k", "q6_k"),
+        hidden=256,
+        mlp=256,
+        heads=4,
+        head_size=64,
+        rotary=64,
+    ),
 }
 BATCHES: dict[str, Rows] = {
     "decode": ((1, 40),),
@@ -202,7 +209,9 @@ def test_bad_tensors(loaded: ModuleType) -> None:
         replace(given, hidden=given.hidden.double()),
         replace(given, hidden=given.hidden[:, :64].contiguous()),
         replace(given, positions=given.positions.int()),
-        replace(given, caches=[given.caches[0], (given.caches[1][0].bfloat16(), given.caches[1][1].bfloat16())]),
+        replace(
+            given, caches=[given.caches[0], (given.caches[1][0].bfloat16(), given.caches[1][1].bfloat16())]
+        ),
         replace(given, caches=[given.caches[0], (given.caches[1][0][1:], given.caches[1][1][1:])]),
     ):
         with pytest.raises(RuntimeError, match="aserve::decoder_"):
