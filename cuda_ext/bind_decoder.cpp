@@ -194,7 +194,7 @@ void decoder_forward(const Tensor& description_, const Tensor& hidden_, const Te
   a.tokens = hidden.sizes[0];
   a.x = static_cast<const float*>(hidden.data);
   a.out = static_cast<float*>(out.data);
-  if (a.x == a.out) refuse(op, "out must not be hidden");
+  if (a.x == a.out && a.tokens > 0) refuse(op, "out must not be hidden");
   positions.rank(1).size(0, a.tokens).typed(aoti_torch_dtype_int64(), "int64").dense_from(0);
   slots.rank(1).size(0, a.tokens).typed(aoti_torch_dtype_int64(), "int64").dense_from(0);
   a.positions = static_cast<const int64_t*>(positions.data);

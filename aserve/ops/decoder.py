@@ -190,8 +190,8 @@ def _layer_refusal(layer: LayerSpec) -> str | None:
         return f"{layer.num_heads} query heads do not divide among {layer.num_kv_heads} KV heads"
     wide, narrow = layer.num_heads * layer.head_size, layer.num_kv_heads * layer.head_size
     hidden, mlp = layer.q.columns, layer.gate.rows
-    shapes = ((wide, hidden), (narrow, hidden), (narrow, hidden), (hidden, wide))
-    shapes += ((mlp, hidden), (mlp, hidden), (hidden, mlp))
+    attention = ((wide, hidden), (narrow, hidden), (narrow, hidden), (hidden, wide))
+    shapes = (*attention, (mlp, hidden), (mlp, hidden), (hidden, mlp))
     for name, shape in zip(_WEIGHTS, shapes, strict=True):
         weight: PackedWeight = getattr(layer, name)
         if not weight.native:
