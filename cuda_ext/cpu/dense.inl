@@ -149,7 +149,9 @@ inline void dense_pick_groups(int groups, const DenseTile& t) {
 template <typename T, bool kStream, int R = kDenseRows>
 inline void dense_pick(int rows, int groups, const DenseTile& t) {
   if (rows == R) return dense_pick_groups<T, R, kStream ? dense_groups(R) : kBlockGroups, kStream>(groups, t);
-  if constexpr (R > 1) dense_pick<T, kStream, R - 1>(rows, groups, t);
+  // Rows that fill several tiles are spread evenly over them.
+  constexpr int kLeast = kStream ? 1 : (kDenseRows + 1) / 2;
+  if constexpr (R > kLeast) dense_pick<T, kStream, R - 1>(rows, groups, t);
 }
 
 // Floats of activations that stay in the second-level cache while all groups pass.
