@@ -261,8 +261,8 @@ def test_an_undescribed_layer(loaded: ModuleType) -> None:
     given = step(LLAMA, ((1, 5),))
     description = torch.zeros(library.functions.aserve_decoder_bytes(2), dtype=torch.uint8)
     meta = given.meta
-    rest = (given.hidden, given.positions, meta.query_start, meta.seq_lens, meta.block_tables)
-    rest += (meta.slot_mapping, torch.empty_like(given.hidden))
+    rows = (meta.query_start, meta.seq_lens, meta.block_tables, meta.slot_mapping)
+    rest = (given.hidden, given.positions, *rows, torch.empty_like(given.hidden))
     with pytest.raises(RuntimeError, match="this is no description of layers"):
         library.decoder_forward(description, *rest)
     library.decoder_stack(description, 2, 6, 2, 32, torch.ones(96), 1e-6)
