@@ -5,13 +5,17 @@
 # make fuzz     random histories of the scheduler for as long as EXAMPLES= says
 # make lint     ruff and mypy alone
 # make load     Locust against a running server  (HOST=, PORT=, USERS=, TIME=)
+# make bench    aserve beside OpenVINO GenAI, llama.cpp and transformers, on an idle machine; figures, table
+#               and plot in build/bench  (ONLY=q4,offline for a piece, ROUNDS=, THREADS=, BUSY=warn)
+# make quality  how far packed weights move the next-token distribution, beside llama.cpp's on the same file
+# make guard    instructions of the kernels and of a step's Python against the figures committed
 # make readme   write the tables of arguments in the README anew
-# make clean    remove .venv and every cache
+# make clean    remove .venv, .venv-bench and every cache
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup serve test test-slow fuzz lint load readme chromium clean
+.PHONY: setup serve test test-slow fuzz lint load bench peers quality guard readme chromium clean
 
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -19,8 +23,13 @@ PORT ?= 8000
 USERS ?= 200
 TIME ?= 60s
 EXAMPLES ?= 12500
+ONLY ?=
+ROUNDS ?= 3
+THREADS ?= 2
+BUSY ?= refuse
 
 VENV := .venv
+BENCH_VENV := .venv-bench
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CONSTRAINTS := .ci/constraints.txt
@@ -100,10 +109,34 @@ fuzz: $(INSTALLED)
 load: $(INSTALLED)
 	$(VENV)/bin/locust -f load_tests/locustfile.py --headless --host 'http://$(HOST):$(PORT)' -u $(USERS) -r $(USERS) -t $(TIME)
 
+# What aserve is compared with has an environment of its own. llama.cpp is compiled for this very CPU.
+PEERS := openvino==2026.4.1 openvino-genai==2026.4.1.0 openvino-tokenizers==2026.4.1.0 numpy matplotlib
+LLAMA_CPP := llama-cpp-python==0.3.36
+PEERS_INSTALLED := $(BENCH_VENV)/.installed-$(shell echo '$(PEERS) $(LLAMA_CPP)' | cksum | cut -d' ' -f1)
+
+$(PEERS_INSTALLED):
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip --disable-pip-version-check install -q $(PEERS)
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(BENCH_VENV)/bin/python -m pip --disable-pip-version-check install -q $(LLAMA_CPP)
+	@rm -f $(BENCH_VENV)/.installed-*; touch $@
+
+peers: $(PEERS_INSTALLED)
+
+bench: setup $(TEST_MODELS) peers
+	$(PY) -m aserve.bench.compare --peers $(BENCH_VENV)/bin/python --only '$(ONLY)' --rounds $(ROUNDS) \
+	    --threads $(THREADS) --busy $(BUSY)
+	$(BENCH_VENV)/bin/python -m aserve.bench.plot build/bench
+
+quality: setup $(TEST_MODELS) peers
+	$(PY) -m aserve.bench.quality --peers $(BENCH_VENV)/bin/python --threads $(THREADS)
+
+guard: setup
+	$(PY) -m tests.guard.measure
+
 readme: $(INSTALLED)
 	$(PY) -c 'import re, pathlib; from aserve.config.table import render; \
 	    page = pathlib.Path("README.md"); marks = r"(<!-- arguments: [^>]*-->\n).*(<!-- end of arguments -->)"; \
 	    page.write_text(re.sub(marks, lambda m: m[1] + render() + m[2], page.read_text(), flags=re.S))'
 
 clean:
-	rm -rf $(VENV) aserve/_lib build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) aserve/_lib build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -175,17 +175,22 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
+def objects(tools: Toolchain) -> dict[Path, Unit]:
+    """Every object file of the library, built or not, with what it is made from."""
+    headers, found = headers_digest(), {}
+    for unit in units(tools):
+        key = digest(unit.source.read_bytes(), headers, *unit.flags, tools.version, tools.torch_version)
+        found[OBJECT_DIR / f"{unit.source.stem}-{key[:20]}.o"] = unit
+    return found
+
+
 def build(jobs: int) -> Path:
     """Compiles what changed and links. Returns the library's path."""
     tools = find_toolchain()
-    headers = headers_digest()
-    objects: dict[Path, Unit] = {}
-    for unit in units(tools):
-        key = digest(unit.source.read_bytes(), headers, *unit.flags, tools.version, tools.torch_version)
-        objects[OBJECT_DIR / f"{unit.source.stem}-{key[:20]}.o"] = unit
+    wanted = objects(tools)
     link = link_flags(tools)
     state = {
-        "objects": sorted(path.name for path in objects),
+        "objects": sorted(path.name for path in wanted),
         "link": link,
         "compiler": tools.version,
         "torch": tools.torch_version,
@@ -196,14 +201,14 @@ def build(jobs: int) -> Path:
     if library.exists() and record.exists() and json.loads(record.read_text()).get("cpu") == state:
         print(f"{library.relative_to(ROOT)} is up to date")
         return library
-    missing = [(path, unit) for path, unit in objects.items() if not path.exists()]
+    missing = [(path, unit) for path, unit in wanted.items() if not path.exists()]
     started = time.monotonic()
     with ThreadPoolExecutor(max(1, min(jobs, len(missing)))) as pool:
         list(pool.map(lambda item: compile_unit(tools, item[1], item[0]), missing))
     LIBRARY_DIR.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=LIBRARY_DIR) as aside:
         fresh = Path(aside) / library.name
-        run([tools.compiler, "-o", str(fresh), *(str(path) for path in objects), *link])
+        run([tools.compiler, "-o", str(fresh), *(str(path) for path in wanted), *link])
         fresh.replace(library)
         fresh_record = Path(aside) / record.name
         fresh_record.write_text(json.dumps({"cpu": state}, indent=2) + "\n")

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "binding.h"
+#include "cpu/quant.h"
 
 namespace {
 
@@ -40,6 +41,28 @@ void pack_dense(const Tensor& weight_, const Tensor& out_) {
   const Format format = static_cast<Format>(static_cast<int32_t>(weight.storage()));
   check_packed(out, format, weight.sizes[0], weight.sizes[1]);
   aserve::pack_dense(format, weight.data, weight.sizes[0], weight.sizes[1], static_cast<uint8_t*>(out.data));
+}
+
+void pack_gguf(const Tensor& raw_, int64_t format_, int64_t rows, int64_t columns, std::optional<Tensor> row_order_,
+               const Tensor& out_) {
+  const char* op = "pack_gguf";
+  const View raw(op, "raw", raw_), out(op, "out", out_);
+  const Format format = format_of(op, format_);
+  if (aserve::is_dense(format)) refuse(op, "format ", format_, " is not quantised");
+  check_packed(out, format, rows, columns);
+  const aserve::QuantLayout layout = aserve::quant_layout(format);
+  raw.rank(1).typed(aoti_torch_dtype_uint8(), "uint8").dense_from(0);
+  raw.size(0, rows * (columns / layout.file_columns) * layout.file_bytes);
+  const int64_t* order = nullptr;
+  if (row_order_.has_value()) {
+    const View row_order(op, "row_order", *row_order_);
+    row_order.rank(1).size(0, rows).typed(aoti_torch_dtype_int64(), "int64").dense_from(0);
+    order = static_cast<const int64_t*>(row_order.data);
+    for (int64_t row = 0; row < rows; row++)
+      if (order[row] < 0 || order[row] >= rows) refuse(op, "row_order has an entry outside the matrix, ", order[row]);
+  }
+  aserve::pack_quant(format, static_cast<const uint8_t*>(raw.data), order, rows, columns,
+                     static_cast<uint8_t*>(out.data));
 }
 
 void packed_linear(const Tensor& x_, const Tensor& data_, std::optional<Tensor> bias_, int64_t format, int64_t rows,
@@ -92,6 +115,7 @@ extern "C" __attribute__((visibility("default"))) int64_t aserve_packed_bytes(in
 
 STABLE_TORCH_LIBRARY_FRAGMENT(aserve, m) {
   m.def("pack_dense(Tensor weight, Tensor(a!) out) -> ()");
+  m.def("pack_gguf(Tensor raw, int format, int rows, int columns, Tensor? row_order, Tensor(a!) out) -> ()");
   m.def(
       "packed_linear(Tensor x, Tensor data, Tensor? bias, int format, int rows, int columns, "
       "Tensor(a!) out) -> ()");
@@ -100,6 +124,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aserve, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(aserve, CPU, m) {
   m.impl("pack_dense", TORCH_BOX(&pack_dense));
+  m.impl("pack_gguf", TORCH_BOX(&pack_gguf));
   m.impl("packed_linear", TORCH_BOX(&packed_linear));
   m.impl("packed_rows", TORCH_BOX(&packed_rows));
 }

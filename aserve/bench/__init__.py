@@ -1,1 +1,1 @@
-"""Measurements: ``aserve bench serve | throughput | latency | limits``, and the tools behind ``make bench``."""
+"""Measurements: ``aserve bench``, and the tools behind ``make bench`` and ``make quality``."""

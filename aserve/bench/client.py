@@ -8,6 +8,7 @@ response's first token and for its last event. Connections are kept alive from o
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import ssl
 import time
@@ -72,8 +73,7 @@ class Client:
         events = _Events()
         started = time.perf_counter()
         try:
-            connection = await self._connection()
-            await connection.exchange(head.encode() + body, events)
+            connection = await self._exchange(head.encode() + body, events)
         except (OSError, ValueError) as error:
             return Answer(start=started, error=f"{type(error).__name__}: {error}")
         self._keep(connection)
@@ -85,19 +85,26 @@ class Client:
         self._free.clear()
 
     async def _whole(self, request: bytes) -> tuple[int, bytes]:
-        connection = await self._connection()
         body = _Body()
-        await connection.exchange(request, body)
+        connection = await self._exchange(request, body)
         self._keep(connection)
         return connection.status, bytes(body.data)
 
-    async def _connection(self) -> _Connection:
+    async def _exchange(self, request: bytes, body: _Body) -> _Connection:
+        """Sends the request over a kept connection, or a new one where the server has given those up."""
         while self._free:
-            connection = self._free.pop()
-            if connection.usable:
-                return connection
+            kept = self._free.pop()
+            if kept.usable:
+                try:
+                    await kept.exchange(request, body)
+                except ConnectionError:
+                    if kept.answering:
+                        raise
+                else:
+                    return kept
         loop = asyncio.get_running_loop()
         _, made = await loop.create_connection(_Connection, self.host, self.port, ssl=self._tls)
+        await made.exchange(request, body)
         return made
 
     def _keep(self, connection: _Connection) -> None:
@@ -159,7 +166,7 @@ class _Events(_Body):
             start=started,
             ttft=times[0] - started,
             latency=times[-1] - started,
-            itl=[after - before for before, after in zip(times, times[1:], strict=False)],
+            itl=[after - before for before, after in itertools.pairwise(times)],
             prompt_tokens=usage.get("prompt_tokens", 0),
             output_tokens=usage.get("completion_tokens", len(times)),
         )
@@ -192,6 +199,11 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._reset(_Body())
+
+    @property
+    def answering(self) -> bool:
+        """Whether anything of the present answer has come."""
+        return self._headers_read or bool(self._buffer)
 
     def _reset(self, body: _Body) -> None:
         self._body = body
@@ -261,7 +273,10 @@ class _Connection(asyncio.Protocol):
 
     def _read_head(self, head: str) -> None:
         first, *lines = head.split("\r\n")
-        self.status = int(first.split(" ", 2)[1])
+        version, _, rest = first.partition(" ")
+        if not version.startswith("HTTP/1."):
+            raise ValueError(f"not an HTTP answer: {first[:100]!r}")
+        self.status = int(rest[:3])
         headers = {
             name.strip().lower(): value.strip().lower()
             for name, _, value in (line.partition(":") for line in lines)

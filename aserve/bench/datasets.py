@@ -49,9 +49,7 @@ def random_requests(
     With seed 0, request ``i`` has the ids of ``random.Random(i)``.
     """
     if not 0 <= range_ratio < 1:
-        raise ConfigError(
-            f"must be at least 0 and below 1, got {range_ratio}", param="random_range_ratio"
-        )
+        raise ConfigError(f"must be at least 0 and below 1, got {range_ratio}", param="random_range_ratio")
     lengths = random.Random(f"lengths {seed}")
 
     def length(middle: int) -> int:

@@ -52,8 +52,12 @@ def machine(threads: int) -> dict[str, Any]:
     reads = {}
     for size in (16, 64, 96, 256, 1024):
         reads[f"{size} MiB"] = read_rate([torch.ones(size * _MIB, dtype=torch.uint8)], threads) / 1e9
-    peaks = {name: _library().aserve_limits_peak(kind, threads) / 1e9 for name, kind in PEAKS.items()}
-    return {"threads": threads, "read_gb_per_s": reads, "peak_gop_per_s": peaks}
+    return {"threads": threads, "read_gb_per_s": reads, "peak_gop_per_s": peaks(threads)}
+
+
+def peaks(threads: int) -> dict[str, float]:
+    """10^9 operations per second of each kind of product; 0 for a kind this CPU has no instruction for."""
+    return {name: _library().aserve_limits_peak(kind, threads) / 1e9 for name, kind in PEAKS.items()}
 
 
 def read_rate(
@@ -83,7 +87,8 @@ def read_rate(
     )
     if status != 0:
         raise ConfigError("this machine's memory cannot be measured: it has no AVX2")
-    return total / (statistics.median(seconds) if cold else min(seconds))
+    took = statistics.median(seconds) if cold else min(seconds)
+    return float(total / took)
 
 
 def memory_of(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:

@@ -50,7 +50,7 @@ def parse_goodput(pairs: Sequence[str]) -> dict[str, float]:
             value = float(text)
         except ValueError:
             value = 0.0
-        if name not in ("ttft", "tpot", "e2el") or value <= 0:
+        if name not in ("ttft", "tpot", "e2el") or not value > 0:
             raise ConfigError(
                 f"expected ttft:MS, tpot:MS or e2el:MS with MS above 0, got {pair!r}", param="goodput"
             )

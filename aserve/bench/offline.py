@@ -52,7 +52,14 @@ def check_fits(llm: LLM, input_len: int, output_len: int) -> None:
 
 
 def generate(
-    llm: LLM, count: int, input_len: int, output_len: int, *, n: int = 1, seed: int = 0, progress: bool = False
+    llm: LLM,
+    count: int,
+    input_len: int,
+    output_len: int,
+    *,
+    n: int = 1,
+    seed: int = 0,
+    progress: bool = False,
 ) -> tuple[float, list[RequestOutput]]:
     """Completes ``count`` prompts of random ids to exactly ``output_len`` tokens; seconds and outputs.
 

@@ -90,7 +90,9 @@ def parser() -> argparse.ArgumentParser:
     )
     results = parser.add_argument_group("Results")
     results.add_argument(
-        "--percentile-metrics", default="ttft,tpot,itl", help="Of ttft, tpot, itl, e2el. (default: all but e2el)"
+        "--percentile-metrics",
+        default="ttft,tpot,itl",
+        help="Of ttft, tpot, itl, e2el. (default: all but e2el)",
     )
     results.add_argument("--metric-percentiles", default="99", help="Such as 50,90,99. (default: 99)")
     results.add_argument(
@@ -130,8 +132,8 @@ def main(argv: list[str]) -> int:
             request_rate=options.request_rate,
         )
     )
-    for error in dict.fromkeys(result["errors"]):
-        print(f"failed: {error}", file=sys.stderr)
+    for message in dict.fromkeys(result["errors"]):
+        print(f"failed: {message}", file=sys.stderr)
     if options.save_result or options.save_detailed:
         print(f"saved: {_save(options, result)}")
     return 0 if result["completed"] else 1
@@ -164,7 +166,7 @@ async def _measure(
         {"Authorization": f"Bearer {key}"} if key else {},
     )
     try:
-        models = await _wait_for(client, options.ready_check_timeout_sec)
+        models = await wait_for(client, options.ready_check_timeout_sec)
         model = options.model or models["data"][0]["id"]
         chat = options.endpoint.endswith("chat/completions")
         requests = _requests(options, model, chat)
@@ -197,9 +199,7 @@ async def _measure(
         "burstiness": options.burstiness,
         "max_concurrency": options.max_concurrency,
     }
-    result |= metrics.summary(
-        answers, seconds, metrics=chosen, percentiles=percentiles, goodput=goodput
-    )
+    result |= metrics.summary(answers, seconds, metrics=chosen, percentiles=percentiles, goodput=goodput)
     result["errors"] = [answer.error for answer in answers if answer.error is not None]
     if options.save_detailed:
         result["input_lens"] = [answer.prompt_tokens for answer in answers]
@@ -218,7 +218,12 @@ def _requests(options: argparse.Namespace, model: str, chat: bool) -> list[datas
         )
     elif options.dataset_name == "sharegpt":
         requests = datasets.sharegpt_requests(
-            options.dataset_path, count, options.sharegpt_output_len, seed, shuffle, _tokenizer(options, model)
+            options.dataset_path,
+            count,
+            options.sharegpt_output_len,
+            seed,
+            shuffle,
+            _tokenizer(options, model),
         )
     else:
         requests = datasets.random_requests(
@@ -269,7 +274,7 @@ def payload(
     return body
 
 
-async def _wait_for(client: Client, seconds: float) -> Any:
+async def wait_for(client: Client, seconds: float) -> Any:
     """The server's list of models. OSError or ValueError: none within ``seconds``."""
     deadline = time.monotonic() + seconds
     while True:
@@ -338,7 +343,7 @@ def _save(options: argparse.Namespace, result: dict[str, Any]) -> Path:
     if name is None:
         model = str(result["model_id"]).rsplit("/", 1)[-1]
         name = f"{result['request_rate']}qps-{model}-{result['date']}.json"
-    path = Path(options.result_dir) / name
+    path = Path(options.result_dir, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result) + "\n", encoding="utf-8")
     return path

@@ -15,6 +15,7 @@ from aserve.config.hf import (
     resolve_architecture,
     sliding_window,
     text_config,
+    uniform_window,
 )
 from aserve.config.lengths import apply_rope_scaling, resolve_max_model_len
 from aserve.config.quantization import check_quantization, resolve_quantization
@@ -95,6 +96,11 @@ class ModelConfig:
     def sliding_window(self) -> int | None:
         """Window in tokens of the layers that have one, None when none has."""
         return sliding_window(self.text_config)
+
+    @property
+    def uniform_window(self) -> int | None:
+        """The same if all layers have it: what is outside of it then needs no KV cache."""
+        return uniform_window(self.text_config)
 
 
 def resolve_model_path(model: str) -> str:

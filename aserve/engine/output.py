@@ -257,6 +257,7 @@ class OutputProcessor:
                 finished=finished,
                 metrics=self._metrics(group, now if finished else None),
                 lora_request=group.lora_request,
+                num_cached_tokens=group.num_cached_tokens,
             )
         )
 
@@ -328,6 +329,8 @@ class OutputProcessor:
         if group.seqs[0].status is SequenceStatus.FINISHED_IGNORED:
             self._stats.on_rejected("prompt_too_long")
             return
+        if any(seq.status is SequenceStatus.FINISHED_ABORTED for seq in group.seqs):
+            return  # counted by whoever aborted it
         self.request_log.finished(
             group.request_id,
             reasons=[seq.finish_reason for seq in group.seqs],

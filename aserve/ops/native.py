@@ -50,6 +50,7 @@ _KERNELS = (
     "gated",
     "greedy_logprob",
     "pack_dense",
+    "pack_gguf",
     "packed_linear",
     "packed_rows",
     "paged_attention",
@@ -88,6 +89,7 @@ class _Library:
         self.gated = operations.gated.default
         self.greedy_logprob = operations.greedy_logprob.default
         self.pack_dense = operations.pack_dense.default
+        self.pack_gguf = operations.pack_gguf.default
         self.packed_linear = operations.packed_linear.default
         self.packed_rows = operations.packed_rows.default
         self.paged_attention = operations.paged_attention.default

@@ -17,9 +17,9 @@
 //   attention_part(*plan, layer, worker); a barrier.
 
 // The first keys an item reads.
-inline Step first_step(const AttentionArgs& a, const Item& item) {
+inline Stretch first_stretch(const AttentionArgs& a, const Item& item) {
   const TileShape s = tile_shape(a, item.place.row, item.place.tile);
-  return step_at(item.place, maximum(s.begin, item.first_segment * int64_t{kSegment}), s.end);
+  return stretch_at(item.place, maximum(s.begin, item.first_segment * int64_t{kSegment}), s.end);
 }
 
 // following: the thread's next item, or null.
@@ -31,19 +31,19 @@ inline void run_item(AttentionPlan& plan, const AttentionArgs& a, const Item& it
   const auto sum_up = [&](int segment, Sums sums) {
     const int64_t begin = maximum(s.begin, segment * int64_t{kSegment});
     const int64_t end = minimum(s.end, (segment + 1) * int64_t{kSegment});
-    Step next = {item.place, 0, 0};
+    Stretch next = {item.place, 0, 0};
     if (segment + 1 < item.last_segment) {
-      next = step_at(item.place, end, s.end);
+      next = stretch_at(item.place, end, s.end);
     } else if (following != nullptr) {
-      next = first_step(a, *following);
+      next = first_stretch(a, *following);
     }
-    segment_sums<T>(a, item.place, s, w, begin, end, next, sums, width);
+    stretch_sums<T>(a, s, w, {item.place, begin, end}, next, sums, width);
   };
   if (item.part >= 0) {
     const int64_t floats = sums_floats(plan.queries, width);
     for (int g = item.first_segment; g < item.last_segment; g++) {
       const int64_t at = (item.part + g - item.first_segment) * floats;
-      sum_up(g, sums_at(plan.partial + at, plan.queries));
+      sum_up(g, sums_at(plan.partial + at, plan.queries, width));
     }
     const int32_t mine = item.last_segment - item.first_segment;
     if (__atomic_sub_fetch(&plan.left[item.counter], mine, __ATOMIC_ACQ_REL) != 0) return;
@@ -51,17 +51,17 @@ inline void run_item(AttentionPlan& plan, const AttentionArgs& a, const Item& it
     plan.left[item.counter] = item.parts;
     const int64_t first_part = item.part + s.begin / kSegment - item.first_segment;
     for (int g = 0; g < item.parts; g++) {
-      const Sums part = sums_at(plan.partial + (first_part + g) * floats, plan.queries);
+      const Sums part = sums_at(plan.partial + (first_part + g) * floats, plan.queries, width);
       merge(w.closed, part, s.count, width, g == 0);
     }
-    write_out(a, item.place, s, w.closed, width);
+    write_out<T>(a, item.place, s, w.closed, width);
     return;
   }
   for (int g = item.first_segment; g < item.last_segment; g++) {
     sum_up(g, w.open);
     if (item.last_segment - item.first_segment > 1) merge(w.closed, w.open, s.count, width, g == item.first_segment);
   }
-  write_out(a, item.place, s, item.last_segment - item.first_segment > 1 ? w.closed : w.open, width);
+  write_out<T>(a, item.place, s, item.last_segment - item.first_segment > 1 ? w.closed : w.open, width);
 }
 
 // Makes the plan ready for its next layer. One thread calls it, after all have left the last

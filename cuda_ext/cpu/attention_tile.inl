@@ -1,81 +1,126 @@
-// The arithmetic of paged attention: one tile of queries over one segment of keys. See attention.inl.
+// The arithmetic of paged attention: one tile of queries over one stretch of keys. See attention.inl.
+//
+// A score is the sum of two chains of products, over the even and over the odd features, each in order. All
+// paths keep to that, so that a query's result does not depend on the path.
 
-constexpr int kTile = 48;      // queries of a tile; a multiple of kRows
-constexpr int kKeys = 64;      // keys of a step; a multiple of W * kCols
-constexpr int kSegment = 256;  // keys of a segment; a multiple of kKeys
-constexpr float kNever = -1e30f;
-
-// What a tile has gathered over some keys: greatest score, sum of weights, weighted values.
-struct Sums {
-  float* greatest;  // [queries]
-  float* weight;    // [queries]; 0 for one that has seen no key yet
-  float* values;    // [queries, width]
-};
-
-inline int64_t padded_width(int64_t head_size) { return ceil_div(head_size, W) * W; }
-inline int64_t sums_floats(int64_t queries, int64_t width) { return queries * (width + 2); }
-inline Sums sums_at(float* p, int64_t queries) { return {p, p + queries, p + 2 * queries}; }
-
-struct Workspace {
-  float* query;    // [kTile, head_size], scaled
-  float* columns;  // [head_size, kKeys]
-  float* scores;   // [kTile, kKeys]
-  float* lanes;    // [kTile, W]: sums of weights lane by lane
-  float* rescale;  // [kTile]
-  Sums open, closed;
-};
-
-inline int64_t workspace_floats(int64_t head_size, int64_t width) {
-  return kTile * head_size + head_size * kKeys + kTile * kKeys + kTile * W + kTile + 2 * sums_floats(kTile, width);
-}
-
-inline Workspace workspace_at(float* p, int64_t head_size, int64_t width) {
-  Workspace w;
-  w.columns = p;
-  p += head_size * kKeys;
-  w.scores = p;
-  p += kTile * kKeys;
-  w.lanes = p;
-  p += kTile * W;
-  w.open = sums_at(p, kTile);
-  p += sums_floats(kTile, width);
-  w.closed = sums_at(p, kTile);
-  p += sums_floats(kTile, width);
-  w.query = p;
-  p += kTile * head_size;
-  w.rescale = p;
-  return w;
-}
-
-// The cache lines of `bytes` from `offset` on that start in them. Blocks are scattered, which the hardware's
-// own prefetching cannot follow, and a burst of requests would stall: they go between the arithmetic.
-inline void prefetch(const void* row, size_t offset, size_t bytes) {
-  for (size_t at = (offset + 63) / 64 * 64; at < offset + bytes; at += 64)
-    __builtin_prefetch(static_cast<const char*>(row) + at, 0, 3);
-}
-
-// Keys of one step as columns: columns[d * kKeys + t] = key t, feature d, for whole vectors of keys.
-// ahead: rows to be read next, [kKeys].
+// 2 W features. Those of a 16-bit type that is the upper half of float32 come as the even and the odd ones.
 template <typename T>
-inline void turn_keys(const void* const* keys, const void* const* ahead, int vectors, int head_size,
+inline void load_pair(const T* p, V& x, V& y) {
+  x = load(p);
+  y = load(p + W);
+}
+template <>
+inline void load_pair(const bf16* p, V& x, V& y) {
+  const Words both = load_words(p);
+  x = low(p, both);
+  y = high(p, both);
+}
+// The first n of them, n even; zero for the others.
+template <typename T>
+inline void load_pair(const T* p, int n, V& x, V& y) {
+  x = load(p, n < W ? n : W);
+  y = n > W ? load(p + W, n - W) : zero();
+}
+template <>
+inline void load_pair(const bf16* p, int n, V& x, V& y) {
+  const Words both = load_words(p, n / 2);
+  x = low(p, both);
+  y = high(p, both);
+}
+
+// Requests a share, `part` of `parts`, of W rows of the cache. Blocks are scattered, which the hardware's own
+// prefetching cannot follow, and a burst of requests would stall: shares go between the arithmetic.
+inline void request(const char* const* rows, int part, int parts) {
+  const int last = W * (part + 1) / parts;
+  for (int i = W * part / parts; i < last; i++)
+    for (int line = 0; line < parts; line++) __builtin_prefetch(rows[i] + line * static_cast<int>(sizeof(Words)), 0, 3);
+}
+
+// W words from each of W rows of the cache, turned: words[i] holds word `first` + i of every row; `count`
+// of them exist.
+[[gnu::always_inline]] inline void read_words(const char* const* rows, int first, int count, Words* words) {
+  const size_t offset = static_cast<size_t>(first) * 4;
+  if (count >= W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) words[i] = load_words(rows[i] + offset);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) words[i] = load_words(rows[i] + offset, count);
+  }
+  turn(words);
+}
+
+// sum[0][m] += even and sum[1][m] += odd features of a word of W keys times query m.
+template <typename T, int M>
+[[gnu::always_inline]] inline void add_word(const float* const (&query)[M], int index, Words word, V (&sum)[2][M]) {
+  if constexpr (sizeof(T) == 4) {
+    const V key = low(static_cast<const T*>(nullptr), word);
+    V(&chain)[M] = sum[index % 2];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) chain[m] = fma(set1(query[m][index]), key, chain[m]);
+  } else {
+    const V even = low(static_cast<const T*>(nullptr), word), odd = high(static_cast<const T*>(nullptr), word);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) sum[0][m] = fma(set1(query[m][2 * index]), even, sum[0][m]);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) sum[1][m] = fma(set1(query[m][2 * index + 1]), odd, sum[1][m]);
+  }
+}
+
+// scores[m, 0 : W] = query[m] . key, m < M, for W keys: each word is used where it comes up.
+template <typename T, int M>
+inline void score_keys(const float* query, const char* const* rows, const char* const* ahead, int head_size,
+                       float* scores) {
+  constexpr int kEach = 4 / sizeof(T);  // features of a word
+  V sum[2][M];
+  const float* q[M];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+    sum[0][m] = sum[1][m] = zero();
+    q[m] = query + m * head_size;
+  }
+  const int words = head_size / kEach, parts = (words + W - 1) / W;
+  int first = 0;
+  for (; first + W <= words; first += W) {
+    Words word[W];
+    read_words(rows, first, W, word);
+    request(ahead, first / W, parts);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) add_word<T, M>(q, i, word[i], sum);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) q[m] += W * kEach;
+  }
+  if (first < words) {
+    Words word[W];
+    read_words(rows, first, words - first, word);
+    request(ahead, first / W, parts);
+    for (int i = 0; i < words - first; i += 2) {  // the head size is a multiple of 8
+      add_word<T, M>(q, i, word[i], sum);
+      add_word<T, M>(q, i + 1, word[i + 1], sum);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) store(scores + m * kSegment, add(sum[0][m], sum[1][m]));
+}
+
+// Keys as columns: columns[d * kKeys + t] = key t, feature d, for whole vectors of keys.
+template <typename T>
+inline void turn_keys(const char* const* rows, const char* const* ahead, int vectors, int head_size,
                       float* columns) {
+  constexpr int kEach = 4 / sizeof(T);
+  const int words = head_size / kEach, parts = (words + W - 1) / W;
   for (int j = 0; j < vectors; j++) {
-    float* out = columns + j * W;
-    Words words[4];
-    if constexpr (sizeof(T) == 4) {
-      for (int d = 0; d < head_size; d += 4) {
-        turn(keys + j * W, static_cast<size_t>(d) * 4, words);
-        for (int i = 0; i < W; i++) prefetch(ahead[j * W + i], static_cast<size_t>(d) * 4, 16);
-        for (int i = 0; i < 4; i++) store(out + (d + i) * kKeys, low(static_cast<const T*>(nullptr), words[i]));
-      }
-    } else {
-      for (int d = 0; d < head_size; d += 8) {
-        turn(keys + j * W, static_cast<size_t>(d) * 2, words);
-        for (int i = 0; i < W; i++) prefetch(ahead[j * W + i], static_cast<size_t>(d) * 2, 16);
-        for (int i = 0; i < 4; i++) {
-          store(out + (d + 2 * i) * kKeys, low(static_cast<const T*>(nullptr), words[i]));
-          store(out + (d + 2 * i + 1) * kKeys, high(static_cast<const T*>(nullptr), words[i]));
-        }
+    for (int first = 0; first < words; first += W) {
+      Words word[W];
+      const int count = words - first < W ? words - first : W;
+      read_words(rows + j * W, first, count, word);
+      request(ahead + j * W, first / W, parts);
+      float* out = columns + static_cast<int64_t>(first) * kEach * kKeys + j * W;
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i++) {
+        if (i >= count) break;
+        store(out + i * kEach * kKeys, low(static_cast<const T*>(nullptr), word[i]));
+        if constexpr (kEach == 2) store(out + (2 * i + 1) * kKeys, high(static_cast<const T*>(nullptr), word[i]));
       }
     }
   }
@@ -84,60 +129,75 @@ inline void turn_keys(const void* const* keys, const void* const* ahead, int vec
 // scores[m, 0 : N * W] = query[m] . columns, m < M.
 template <int M, int N>
 inline void score_block(const float* query, const float* columns, int head_size, float* scores) {
-  V sum[M][N];
+  V sum[2][M][N];
   for (int m = 0; m < M; m++)
-    for (int j = 0; j < N; j++) sum[m][j] = zero();
-  for (int d = 0; d < head_size; d++) {
-    V key[N];
-    for (int j = 0; j < N; j++) key[j] = load(columns + d * kKeys + j * W);
-    for (int m = 0; m < M; m++) {
-      const V q = set1(query[m * head_size + d]);
-      for (int j = 0; j < N; j++) sum[m][j] = fma(q, key[j], sum[m][j]);
+    for (int j = 0; j < N; j++) sum[0][m][j] = sum[1][m][j] = zero();
+  for (int d = 0; d < head_size; d += 2) {
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; odd++) {
+      V key[N];
+      for (int j = 0; j < N; j++) key[j] = load(columns + (d + odd) * kKeys + j * W);
+      for (int m = 0; m < M; m++) {
+        const V q = set1(query[m * head_size + d + odd]);
+        for (int j = 0; j < N; j++) sum[odd][m][j] = fma(q, key[j], sum[odd][m][j]);
+      }
     }
   }
   for (int m = 0; m < M; m++)
-    for (int j = 0; j < N; j++) store(scores + m * kKeys + j * W, sum[m][j]);
+    for (int j = 0; j < N; j++) store(scores + m * kSegment + j * W, add(sum[0][m][j], sum[1][m][j]));
 }
 
 template <int M>
 inline void score_rows(const float* query, const float* columns, int vectors, int head_size, float* scores) {
+  constexpr int kWide = kCols / 2;
   int j = 0;
-  for (; j + kCols <= vectors; j += kCols) score_block<M, kCols>(query, columns + j * W, head_size, scores + j * W);
-  for (; j < vectors; j++) score_block<M, 1>(query, columns + j * W, head_size, scores + j * W);
+  for (; j + kWide <= vectors; j += kWide) score_block<M, kWide>(query, columns + j * W, head_size, scores + j * W);
+  if constexpr (kWide > 1)
+    for (; j < vectors; j++) score_block<M, 1>(query, columns + j * W, head_size, scores + j * W);
 }
 
-// values[m] = values[m] * rescale[m] + sum over t in [first, last) of weights[m, t] * value t, m < M,
-// for N vectors of features; `part` of the last vector's lanes exist. ahead: as above, or null.
+// values[m] += sum over t in [0, count) of weights[m, t] * value t, m < M, for N pairs of vectors of
+// features; `part` of the features of the last pair exist. ahead: as many rows to be requested, or null.
 template <typename T, int M, int N, bool kPart>
-inline void value_block(const float* weights, const void* const* rows, const void* const* ahead, int first, int last, int feature,
-                        int part, const float* rescale, float* values, int64_t width) {
-  V sum[M][N];
+inline void value_block(const float* weights, const char* const* rows, const char* const* ahead, int count,
+                        int feature, int part, float* values, int64_t width) {
+  V sum[M][2 * N];
   for (int m = 0; m < M; m++)
-    for (int j = 0; j < N; j++) sum[m][j] = mul(load(values + m * width + feature + j * W), set1(rescale[m]));
-  for (int t = first; t < last; t++) {
-    const T* row = static_cast<const T*>(rows[t]) + feature;
-    if (ahead != nullptr) prefetch(ahead[t], feature * sizeof(T), N * W * sizeof(T));
-    V value[N];
-    for (int j = 0; j < N; j++) value[j] = kPart && j == N - 1 ? load(row + j * W, part) : load(row + j * W);
+    for (int j = 0; j < 2 * N; j++) sum[m][j] = load(values + m * width + feature + j * W);
+  for (int t = 0; t < count; t++) {
+    const T* row = reinterpret_cast<const T*>(rows[t]) + feature;
+    if (ahead != nullptr) {
+      const T* next = reinterpret_cast<const T*>(ahead[t]) + feature;
+      for (size_t at = 0; at < 2 * N * W * sizeof(T); at += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(next) + at, 0, 3);
+    }
+    V value[2 * N];
+    for (int j = 0; j < N; j++) {
+      if (kPart && j == N - 1) {
+        load_pair(row + 2 * j * W, part, value[2 * j], value[2 * j + 1]);
+      } else {
+        load_pair(row + 2 * j * W, value[2 * j], value[2 * j + 1]);
+      }
+    }
     for (int m = 0; m < M; m++) {
-      const V weight = set1(weights[m * kKeys + t]);
-      for (int j = 0; j < N; j++) sum[m][j] = fma(weight, value[j], sum[m][j]);
+      const V weight = set1(weights[m * kSegment + t]);
+      for (int j = 0; j < 2 * N; j++) sum[m][j] = fma(weight, value[j], sum[m][j]);
     }
   }
   for (int m = 0; m < M; m++)
-    for (int j = 0; j < N; j++) store(values + m * width + feature + j * W, sum[m][j]);
+    for (int j = 0; j < 2 * N; j++) store(values + m * width + feature + j * W, sum[m][j]);
 }
 
 template <typename T, int M>
-inline void value_rows(const float* weights, const void* const* rows, const void* const* ahead, int first, int last, int head_size,
-                       const float* rescale, float* values, int64_t width) {
+inline void value_rows(const float* weights, const char* const* rows, const char* const* ahead, int count,
+                       int head_size, float* values, int64_t width) {
+  constexpr int kPairs = kCols / 2, kStep = 2 * W;
   int d = 0;
-  for (; d + kCols * W <= head_size; d += kCols * W)
-    value_block<T, M, kCols, false>(weights, rows, ahead, first, last, d, W, rescale, values, width);
-  for (; d + W <= head_size; d += W)
-    value_block<T, M, 1, false>(weights, rows, ahead, first, last, d, W, rescale, values, width);
-  if (d < head_size)
-    value_block<T, M, 1, true>(weights, rows, ahead, first, last, d, head_size - d, rescale, values, width);
+  for (; d + kPairs * kStep <= head_size; d += kPairs * kStep)
+    value_block<T, M, kPairs, false>(weights, rows, ahead, count, d, 0, values, width);
+  for (; d + kStep <= head_size; d += kStep)
+    value_block<T, M, 1, false>(weights, rows, ahead, count, d, 0, values, width);
+  if (d < head_size) value_block<T, M, 1, true>(weights, rows, ahead, count, d, head_size - d, values, width);
 }
 
 // f(integral constant M, first row) over `count` rows in register tiles of M <= kRows.
@@ -165,158 +225,117 @@ inline void by_rows(int count, const F& f) {
   }
 }
 
-// Which tile: of which row and KV head.
-struct Place {
-  int32_t row, kv_head, tile;
-};
-
-struct TileShape {
-  int64_t first_token;     // of the row in q and out
-  int64_t first_position;  // of the row's first query
-  int64_t first_index;     // of the tile's first query among the row's group * tokens
-  int count;               // queries of the tile
-  int group;
-  int64_t begin, end;      // keys any of its queries sees
-};
-
-inline TileShape tile_shape(const AttentionArgs& a, int row, int tile) {
-  TileShape s;
-  s.group = static_cast<int>(a.q_heads / a.kv_heads);
-  const int64_t tokens = a.query_start[row + 1] - a.query_start[row];
-  s.first_token = a.query_start[row];
-  s.first_position = a.seq_lens[row] - tokens;
-  s.first_index = static_cast<int64_t>(tile) * kTile;
-  s.count = static_cast<int>(minimum(kTile, tokens * s.group - s.first_index));
-  s.end = s.first_position + (s.first_index + s.count - 1) / s.group + 1;
-  const int64_t first = s.first_position + s.first_index / s.group;
-  s.begin = a.window > 0 ? maximum(0, first - a.window + 1) : 0;
-  return s;
-}
-
-// Scores of query m become weights, given its position and the step's first key; keeps m's running sums.
-// visible: [first, last) of the step's keys.
-inline void weigh(const AttentionArgs& a, float* scores, int vectors, int first, int last, float slope,
-                  int64_t distance, Sums sums, float* lane_sums, float* rescale, int m) {
-  if (first >= last) {
-    for (int j = 0; j < vectors; j++) store(scores + j * W, zero());
-    rescale[m] = 1.0f;
-    return;
-  }
-  V top = set1(kNever);
-  const bool whole = first <= 0 && last >= vectors * W;
-  for (int j = 0; j < vectors; j++) {
-    V s = load(scores + j * W);
-    if (a.softcap > 0) s = mul(set1(a.softcap), tanh(mul(s, set1(1.0f / a.softcap))));
-    if (slope != 0) {
-      const V away = sub(set1(static_cast<float>(distance - j * W)), iota());
-      s = sub(s, mul(set1(slope), away));
+// A query's scores of a stretch become weights. seen: the keys it sees; those of `all`, in whole vectors,
+// that it does not see get the weight 0. distance: from the segment's first key to the query.
+inline void weigh(const AttentionArgs& a, float* scores, Range seen, Range all, float slope, int64_t distance,
+                  float& greatest, float& weight) {
+  const int begin = all.first / W, end = (all.last + W - 1) / W;
+  const int first = seen.first / W, last = seen.last > seen.first ? (seen.last + W - 1) / W : first;
+  for (int j = begin; j < first; j++) store(scores + j * W, zero());
+  for (int j = last > begin ? last : begin; j < end; j++) store(scores + j * W, zero());
+  greatest = kNever;
+  weight = 0.0f;
+  if (first == last) return;
+  if (a.softcap > 0 || slope != 0) {
+    for (int j = first; j < last; j++) {
+      V s = load(scores + j * W);
+      if (a.softcap > 0) s = mul(set1(a.softcap), tanh(mul(s, set1(1.0f / a.softcap))));
+      if (slope != 0) {
+        const V away = sub(set1(static_cast<float>(distance - j * W)), iota());
+        s = sub(s, mul(set1(slope), away));
+      }
+      store(scores + j * W, s);
     }
-    if (!whole) s = select(lanes(first - j * W, last - j * W), s, set1(kNever));
-    store(scores + j * W, s);
-    top = max(top, s);
   }
-  const float before = sums.greatest[m];
-  const float highest = hmax(top);
-  const float greatest = highest > before ? highest : before;
-  sums.greatest[m] = greatest;
-  float scale = 1.0f;
-  if (greatest != before) {
-    float lane[W];
-    store(lane, exp(set1(before - greatest)));
-    scale = lane[0];
-  }
-  rescale[m] = scale;
-  V sum = mul(load(lane_sums + m * W), set1(scale));
-  for (int j = 0; j < vectors; j++) {
-    V e = exp(sub(load(scores + j * W), set1(greatest)));
-    if (!whole) e = select(lanes(first - j * W, last - j * W), e, zero());
+  // Only the first and the last vector may hold keys that the query does not see.
+  const auto mask = [&](int j) {
+    V s = load(scores + j * W);
+    store(scores + j * W, select(lanes(seen.first - j * W, seen.last - j * W), s, set1(kNever)));
+  };
+  mask(first);
+  if (last - 1 > first) mask(last - 1);
+  V top = set1(kNever);
+  for (int j = first; j < last; j++) top = max(top, load(scores + j * W));
+  greatest = hmax(top);
+  V sum = zero();
+  const V shift = set1(greatest);
+  const auto turn_into_weight = [&](int j, bool edge) {
+    V e = exp(sub(load(scores + j * W), shift));
+    if (edge) e = select(lanes(seen.first - j * W, seen.last - j * W), e, zero());
     store(scores + j * W, e);
     sum = add(sum, e);
-  }
-  store(lane_sums + m * W, sum);
+  };
+  turn_into_weight(first, true);
+  for (int j = first + 1; j < last - 1; j++) turn_into_weight(j, false);
+  if (last - 1 > first) turn_into_weight(last - 1, true);
+  weight = hsum(sum);
 }
 
-// Keys [begin, end) of a row and KV head, within one step. Empty where there is none.
-struct Step {
-  Place place;
-  int64_t begin, end;
-};
-
-inline Step step_at(const Place& place, int64_t begin, int64_t limit) {
-  return {place, begin, minimum(limit, begin / kKeys * kKeys + kKeys)};
-}
-
-// Where a step's keys and values are, by their place in the step. Those that are not to be read, before
-// `first` and from `last` on, have the address of a neighbour.
-struct Found {
-  const void *keys[kKeys + W], *values[kKeys];
-  int first, last;
-};
-
-// Finds them through the block table.
+// The tile's sums over a stretch of keys, into sums. following: what this thread reads after them.
 template <typename T>
-inline void find(const AttentionArgs& a, const Step& step, Found& found) {
-  const int32_t* table = a.block_tables + step.place.row * a.table_stride;
-  found.first = static_cast<int>(step.begin % kKeys);
-  found.last = found.first + static_cast<int>(step.end - step.begin);
-  int64_t block = step.begin / a.block_size, slot = step.begin % a.block_size;
-  for (int t = found.first; t < found.last; block++, slot = 0) {
-    const int64_t offset = table[block] * a.cache_block + step.place.kv_head * a.cache_head;
-    for (; slot < a.block_size && t < found.last; slot++, t++) {
-      found.keys[t] = static_cast<const T*>(a.k_cache) + offset + slot * a.cache_slot;
-      found.values[t] = static_cast<const T*>(a.v_cache) + offset + slot * a.cache_slot;
-    }
-  }
-  for (int t = 0; t < found.first; t++) found.keys[t] = found.keys[found.first];
-  for (int t = 0; t < found.first; t++) found.values[t] = found.values[found.first];
-  for (int t = found.last; t < kKeys + W; t++) found.keys[t] = found.keys[found.last - 1];
-  for (int t = found.last; t < kKeys; t++) found.values[t] = found.values[found.last - 1];
-}
-
-// The tile's sums over the keys [begin, end) of one segment, into sums. following: what this thread reads
-// after them.
-template <typename T>
-inline void segment_sums(const AttentionArgs& a, const Place& place, const TileShape& s, const Workspace& w,
-                         int64_t begin, int64_t end, const Step& following, Sums sums, int64_t width) {
+inline void stretch_sums(const AttentionArgs& a, const TileShape& s, const Workspace& w, const Stretch& keys,
+                         const Stretch& following, Sums sums, int64_t width) {
   const int head_size = static_cast<int>(a.head_size);
-  for (int m = 0; m < s.count; m++) sums.greatest[m] = kNever;
-  for (int i = 0; i < s.count * W; i += W) store(w.lanes + i, zero());
   for (int64_t i = 0; i < s.count * width; i += W) store(sums.values + i, zero());
-  Found both[2];
-  Step step = step_at(place, begin, end);
-  find<T>(a, step, both[0]);
-  for (int turns = 0; step.begin < end; turns ^= 1) {
-    const Found& found = both[turns];
-    const Found* ahead = &both[turns ^ 1];
-    const Step next = step.end < end ? step_at(place, step.end, end) : following;
-    if (next.begin == next.end) {
-      ahead = &found;
-    } else {
-      find<T>(a, next, both[turns ^ 1]);
-    }
-    const int64_t at = step.begin / kKeys * kKeys;
-    const int vectors = (found.last + W - 1) / W;
-    turn_keys<T>(found.keys, ahead->keys, vectors, head_size, w.columns);
-    by_rows(s.count, [&](auto size, int m) {
-      score_rows<decltype(size)::value>(w.query + m * head_size, w.columns, vectors, head_size,
-                                        w.scores + m * kKeys);
+  const int ahead = rows_ahead(a.head_size * sizeof(T));
+  const char** key_rows = w.rows;
+  const int count = find_rows(a, keys, a.k_cache, sizeof(T), kSegment, key_rows);
+  const char** value_rows_ = key_rows + count;
+  find_rows(a, keys, a.v_cache, sizeof(T), kSegment, value_rows_);
+  const char** later = value_rows_ + count;
+  int found = following.begin < following.end ? find_rows(a, following, a.k_cache, sizeof(T), ahead, later) : 0;
+  for (; found < ahead; found++) later[found] = later[found - 1];
+
+  const int64_t start = keys.begin / kSegment * kSegment;
+  const int base = static_cast<int>(keys.begin - start) / W * W;  // place in the segment of the first row
+  Range seen[kTile];
+  for (int m = 0; m < s.count; m++) seen[m] = visible(a, s, keys, m);
+  const auto range = [&](int first, int last) {  // of queries
+    return Range{seen[first].first, seen[last - 1].last};
+  };
+  if (s.count <= kFew) {
+    by_rows(s.count, [&](auto size, int) {
+      for (int t = 0; t < count; t += W)
+        score_keys<T, decltype(size)::value>(w.query, key_rows + t, key_rows + t + ahead, head_size,
+                                             w.scores + base + t);
     });
-    for (int m = 0; m < s.count; m++) {
-      const int64_t index = s.first_index + m, position = s.first_position + index / s.group;
-      const int64_t first = a.window > 0 ? maximum(0, position - a.window + 1) : 0;
-      const int64_t head = place.kv_head * s.group + index % s.group;
-      weigh(a, w.scores + m * kKeys, vectors, static_cast<int>(maximum(first - at, 0)),
-            static_cast<int>(minimum(position + 1 - at, found.last)),
-            a.alibi_slopes == nullptr ? 0.0f : a.alibi_slopes[head], position - at, sums, w.lanes, w.rescale, m);
+  } else {
+    for (int t = 0; t < count; t += kKeys) {
+      const int stop = t + kKeys < count ? t + kKeys : count;
+      turn_keys<T>(key_rows + t, key_rows + t + ahead, (stop - t) / W, head_size, w.columns);
+      by_rows(s.count, [&](auto size, int m) {
+        const Range some = range(m, m + decltype(size)::value);
+        const int first = (some.first - base) / W * W, last = some.last - base < stop ? some.last - base : stop;
+        const int from = first > t ? first : t;
+        if (from < last)
+          score_rows<decltype(size)::value>(w.query + m * head_size, w.columns + (from - t),
+                                            (last - from + W - 1) / W, head_size,
+                                            w.scores + m * kSegment + base + from);
+      });
     }
-    by_rows(s.count, [&](auto size, int m) {
-      value_rows<T, decltype(size)::value>(w.scores + m * kKeys, found.values, m == 0 ? ahead->values : nullptr,
-                                           found.first, found.last, head_size, w.rescale + m,
-                                           sums.values + m * width, width);
-    });
-    step = step_at(place, step.end, end);
   }
-  for (int m = 0; m < s.count; m++) sums.weight[m] = hsum(load(w.lanes + m * W));
+  by_rows(s.count, [&](auto size, int m) {
+    const Range all = range(m, m + decltype(size)::value);
+    for (int i = m; i < m + decltype(size)::value; i++) {
+      const int index = static_cast<int>(s.first_index) + i;
+      const float slope =
+          a.alibi_slopes == nullptr ? 0.0f : a.alibi_slopes[keys.place.kv_head * s.group + index % s.group];
+      weigh(a, w.scores + i * kSegment, seen[i], all, slope, s.first_position + index / s.group - start,
+            sums.greatest[i], sums.weight[i]);
+    }
+  });
+  for (int t = 0; t < count; t += kKeys) {
+    const int stop = t + kKeys < count ? t + kKeys : count;
+    by_rows(s.count, [&](auto size, int m) {
+      const Range some = range(m, m + decltype(size)::value);
+      const int first = some.first - base, last = some.last - base < stop ? some.last - base : stop;
+      const int from = first > t ? first : t;
+      if (from < last)
+        value_rows<T, decltype(size)::value>(w.scores + m * kSegment + base + from, value_rows_ + from,
+                                             m == 0 ? value_rows_ + from + ahead : nullptr, last - from, head_size,
+                                             sums.values + m * width, width);
+    });
+  }
 }
 
 // total += part, query by query; total is fresh where `first`.
@@ -341,36 +360,4 @@ inline void merge(Sums total, Sums part, int count, int64_t width, bool first) {
       store(to, fma(load(part.values + m * width + i), now, mul(load(to), before)));
     }
   }
-}
-
-inline void write_out(const AttentionArgs& a, const Place& place, const TileShape& s, Sums sums, int64_t width) {
-  const int head_size = static_cast<int>(a.head_size);
-  with_type(a.dtype, [&](auto element) {
-    using T = typename Plain<decltype(element)>::type;
-    for (int m = 0; m < s.count; m++) {
-      const int64_t index = s.first_index + m, token = s.first_token + index / s.group;
-      const int64_t head = place.kv_head * s.group + index % s.group;
-      T* out = static_cast<T*>(a.out) + (token * a.q_heads + head) * head_size;
-      const V scale = set1(1.0f / sums.weight[m]);
-      int d = 0;
-      for (; d + W <= head_size; d += W) store(out + d, mul(load(sums.values + m * width + d), scale));
-      if (d < head_size) store(out + d, mul(load(sums.values + m * width + d), scale), head_size - d);
-    }
-  });
-}
-
-inline void read_query(const AttentionArgs& a, const Place& place, const TileShape& s, float* query) {
-  const int head_size = static_cast<int>(a.head_size);
-  with_type(a.dtype, [&](auto element) {
-    using T = typename Plain<decltype(element)>::type;
-    for (int m = 0; m < s.count; m++) {
-      const int64_t index = s.first_index + m, token = s.first_token + index / s.group;
-      const int64_t head = place.kv_head * s.group + index % s.group;
-      const T* q = static_cast<const T*>(a.q) + token * a.q_token + head * a.q_head;
-      for (int d = 0; d < head_size; d += W) {
-        const int n = head_size - d < W ? head_size - d : W;
-        store(query + m * head_size + d, mul(load(q + d, n), set1(a.scale)), n);
-      }
-    }
-  });
 }

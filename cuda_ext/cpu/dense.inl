@@ -65,6 +65,11 @@ __attribute__((noinline)) void dense_tile(const DenseTile& t) {
   const float* x = t.x;
   const uint8_t* line = t.weight;
   const uint8_t* ahead = t.ahead;
+  // Rows of a wide output lie far apart: without this each store would wait for its line.
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+    for (int c = 0; c < C; c++) __builtin_prefetch(t.out + r * t.out_stride + c * kGroup, 0, 3);
   int64_t fetch = kAheadLines * kLine;
   int64_t until = kStream && lines > kAheadLines ? lines - kAheadLines : lines;
   for (int64_t at = 0; at < lines;) {
@@ -78,15 +83,31 @@ __attribute__((noinline)) void dense_tile(const DenseTile& t) {
       }
 #pragma GCC unroll 2
       for (int column = 0; column < kColumns; column++) {
-        V w[kVectors];
+        // Hides that both columns come from the same words: kept for the second, they would push sums
+        // out of the registers.
+        const uint8_t* here = line;
+        __asm__ volatile("" : "+r"(here));
+        const auto part = [&](int v) { return Line<T>::part(here + v / kParts * group_stride, column, v % kParts); };
+        if constexpr (R < kVectors) {
+          V a[R];
 #pragma GCC unroll 16
-        for (int v = 0; v < kVectors; v++)
-          w[v] = Line<T>::part(line + v / kParts * group_stride, column, v % kParts);
+          for (int r = 0; r < R; r++) a[r] = set1(x[r * x_stride + column]);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-          const V a = set1(x[r * x_stride + column]);
+          for (int v = 0; v < kVectors; v++) {
+            const V w = part(v);
 #pragma GCC unroll 16
-          for (int v = 0; v < kVectors; v++) sum[r][v] = fma(a, w[v], sum[r][v]);
+            for (int r = 0; r < R; r++) sum[r][v] = fma(a[r], w, sum[r][v]);
+          }
+        } else {
+          V w[kVectors];
+#pragma GCC unroll 16
+          for (int v = 0; v < kVectors; v++) w[v] = part(v);
+#pragma GCC unroll 16
+          for (int r = 0; r < R; r++) {
+            const V a = set1(x[r * x_stride + column]);
+#pragma GCC unroll 16
+            for (int v = 0; v < kVectors; v++) sum[r][v] = fma(a, w[v], sum[r][v]);
+          }
         }
       }
       line += kLine;
@@ -112,10 +133,10 @@ __attribute__((noinline)) void dense_tile(const DenseTile& t) {
 
 // The most rows of a tile, and the groups that a tile of so many rows takes: the sums, a line's vectors
 // and one activation fit the registers.
-constexpr int kDenseRows = W == 16 ? 12 : 6;
+constexpr int kDenseRows = W == 16 ? 12 : 5;
 constexpr int dense_groups(int rows) {
   if (W == 16) return rows <= 2 ? 8 : rows == 3 ? 6 : rows <= 6 ? 4 : rows <= 8 ? 3 : 2;
-  return rows == 1 ? 4 : rows == 2 ? 3 : rows == 3 ? 2 : 1;
+  return rows == 1 ? 4 : rows == 2 ? 2 : 1;
 }
 constexpr int kBlockGroups = W == 16 ? 2 : 1;  // of a tile where the rows fill several tiles
 
@@ -128,7 +149,9 @@ inline void dense_pick_groups(int groups, const DenseTile& t) {
 template <typename T, bool kStream, int R = kDenseRows>
 inline void dense_pick(int rows, int groups, const DenseTile& t) {
   if (rows == R) return dense_pick_groups<T, R, kStream ? dense_groups(R) : kBlockGroups, kStream>(groups, t);
-  if constexpr (R > 1) dense_pick<T, kStream, R - 1>(rows, groups, t);
+  // Rows that fill several tiles are spread evenly over them.
+  constexpr int kLeast = kStream ? 1 : (kDenseRows + 1) / 2;
+  if constexpr (R > kLeast) dense_pick<T, kStream, R - 1>(rows, groups, t);
 }
 
 // Floats of activations that stay in the second-level cache while all groups pass.

@@ -21,6 +21,8 @@ namespace {
 
 #include "elementwise.inl"
 
+#include "attention_shape.inl"
+
 #include "attention_tile.inl"
 
 #include "attention_plan.inl"

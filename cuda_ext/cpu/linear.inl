@@ -1,15 +1,20 @@
 // Linear layers over packed weights: the choice by format, and the whole layer over threads.
 
-void linear_prepare(Format, const float* x, int64_t columns, int64_t first, int64_t count, void* ready) {
-  dense_prepare(x, columns, first, count, ready);
+void linear_prepare(Format format, const float* x, int64_t columns, int64_t first, int64_t count, void* ready) {
+  if (is_dense(format)) return dense_prepare(x, columns, first, count, ready);
+  quant_prepare(format, x, columns, first, count, ready);
 }
 
 void linear_multiply(const PackedWeight& weight, const void* ready, int64_t rows, int64_t first_group,
-                     int64_t last_group, float* out, int64_t out_stride, void*) {
-  dense_multiply(weight, ready, rows, first_group, last_group, out, out_stride);
+                     int64_t last_group, float* out, int64_t out_stride, void* scratch) {
+  if (is_dense(weight.format)) return dense_multiply(weight, ready, rows, first_group, last_group, out, out_stride);
+  quant_multiply(weight, ready, rows, first_group, last_group, out, out_stride, scratch);
 }
 
-void linear_unpack_row(const PackedWeight& weight, int64_t row, float* out) { dense_unpack_row(weight, row, out); }
+void linear_unpack_row(const PackedWeight& weight, int64_t row, float* out) {
+  if (is_dense(weight.format)) return dense_unpack_row(weight, row, out);
+  quant_unpack_row(weight, row, out);
+}
 
 constexpr LinearKernels linear_kernels = {linear_prepare, linear_multiply, linear_unpack_row};
 
@@ -35,17 +40,22 @@ inline void narrow_row(const float* x, int64_t count, T* out) {
 
 // Rows of activations made ready, those of x in its storage type.
 inline void ready_rows(const LinearArgs& a, int64_t first, int64_t last, uint8_t* ready, size_t stride) {
-  constexpr int64_t kPiece = 512;
-  float piece[kPiece];
+  constexpr int64_t kPiece = 512;  // a multiple of the quantised formats' 32
+  [[maybe_unused]] float piece[kPiece];
   const PackedWeight& w = a.weight;
   with_type(a.dtype, [&](auto element) {
     using T = typename Plain<decltype(element)>::type;
     for (int64_t row = first; row < last; row++) {
       const T* x = static_cast<const T*>(a.x) + a.x_rows.at(row);
-      for (int64_t k = 0; k < w.columns; k += kPiece) {
-        const int64_t count = minimum(kPiece, w.columns - k);
-        widen_row(x + k, count, piece);
-        linear_prepare(w.format, piece, w.columns, k, count, ready + static_cast<size_t>(row) * stride);
+      uint8_t* made = ready + static_cast<size_t>(row) * stride;
+      if constexpr (sizeof(T) == sizeof(float)) {
+        linear_prepare(w.format, x, w.columns, 0, w.columns, made);
+      } else {
+        for (int64_t k = 0; k < w.columns; k += kPiece) {
+          const int64_t count = minimum(kPiece, w.columns - k);
+          widen_row(x + k, count, piece);
+          linear_prepare(w.format, piece, w.columns, k, count, made);
+        }
       }
     }
   });

@@ -3,7 +3,8 @@
 
 constexpr int W = 8;      // lanes
 constexpr int kRows = 6;  // rows of a register tile: kRows * kCols accumulators fit the registers
-constexpr int kCols = 2;  // vectors of a register tile
+constexpr int kCols = 2;  // vectors of a register tile; even
+constexpr int kFew = 3;   // queries that meet keys without columns in between
 
 using V = __m256;
 using Mask = __m256;
@@ -92,21 +93,34 @@ inline void store(float* p, V x, int n) { _mm256_maskstore_ps(p, lane_words(0, n
 inline void store(bf16* p, V x, int n) { store16(p, narrow(x), n); }
 inline void store(f16* p, V x, int n) { store16(p, half(x), n); }
 
-// Sixteen bytes from each of W rows, turned: out[j] holds the j-th 32-bit word of every row, in row order.
-inline void turn(const void* const* rows, size_t offset, __m256i out[4]) {
-  __m256 r[4];
-  for (int i = 0; i < 4; i++) {
-    const auto at = [&](int lane) {
-      return _mm_loadu_ps(reinterpret_cast<const float*>(static_cast<const char*>(rows[4 * lane + i]) + offset));
-    };
-    r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(at(0)), at(1), 1);
+using Words = __m256i;
+// W words of 32 bits; the first n of them, zero in the others.
+inline Words load_words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline Words load_words(const void* p, int n) {
+  return _mm256_maskload_epi32(static_cast<const int*>(p), lane_words(0, n));
+}
+
+// W by W words, turned: word j of w[i] becomes word i of w[j].
+[[gnu::always_inline]] inline void turn(Words w[8]) {
+  Words x[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {  // pairs of rows
+    x[i] = _mm256_unpacklo_epi32(w[i], w[i + 1]);
+    x[i + 1] = _mm256_unpackhi_epi32(w[i], w[i + 1]);
   }
-  const __m256 a = _mm256_unpacklo_ps(r[0], r[1]), b = _mm256_unpackhi_ps(r[0], r[1]);
-  const __m256 c = _mm256_unpacklo_ps(r[2], r[3]), d = _mm256_unpackhi_ps(r[2], r[3]);
-  out[0] = _mm256_castps_si256(_mm256_shuffle_ps(a, c, 0x44));
-  out[1] = _mm256_castps_si256(_mm256_shuffle_ps(a, c, 0xee));
-  out[2] = _mm256_castps_si256(_mm256_shuffle_ps(b, d, 0x44));
-  out[3] = _mm256_castps_si256(_mm256_shuffle_ps(b, d, 0xee));
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {  // fours of rows: lane k of w[i + j] is column 4 k + j
+    w[i] = _mm256_unpacklo_epi64(x[i], x[i + 2]);
+    w[i + 1] = _mm256_unpackhi_epi64(x[i], x[i + 2]);
+    w[i + 2] = _mm256_unpacklo_epi64(x[i + 1], x[i + 3]);
+    w[i + 3] = _mm256_unpackhi_epi64(x[i + 1], x[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    const Words both = w[j];
+    w[j] = _mm256_permute2x128_si256(both, w[j + 4], 0x20);
+    w[j + 4] = _mm256_permute2x128_si256(both, w[j + 4], 0x31);
+  }
 }
 inline V low(const float*, __m256i x) { return _mm256_castsi256_ps(x); }
 inline V low(const bf16*, __m256i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
@@ -115,4 +129,10 @@ inline V high(const bf16*, __m256i x) {
 }
 inline V low(const f16*, __m256i x) { return _mm256_cvtph_ps(low_halves(x)); }
 inline V high(const f16*, __m256i x) { return _mm256_cvtph_ps(low_halves(_mm256_srli_epi32(x, 16))); }
-using Words = __m256i;
+
+// x0 y0 x1 y1 ..., the first half of it into x.
+inline void interleave(V& x, V& y) {
+  const V a = _mm256_unpacklo_ps(x, y), b = _mm256_unpackhi_ps(x, y);
+  x = _mm256_permute2f128_ps(a, b, 0x20);
+  y = _mm256_permute2f128_ps(a, b, 0x31);
+}

@@ -3,7 +3,8 @@
 
 constexpr int W = 16;       // lanes
 constexpr int kRows = 6;    // rows of a register tile: kRows * kCols accumulators fit the registers
-constexpr int kCols = 4;    // vectors of a register tile
+constexpr int kCols = 4;    // vectors of a register tile; even
+constexpr int kFew = 4;     // queries that meet keys without columns in between
 
 using V = __m512;
 using Mask = __mmask16;
@@ -64,24 +65,42 @@ inline void store(float* p, V x, int n) { _mm512_mask_storeu_ps(p, lanes(0, n), 
 inline void store(bf16* p, V x, int n) { _mm256_mask_storeu_epi16(p, lanes(0, n), narrow(x)); }
 inline void store(f16* p, V x, int n) { _mm256_mask_storeu_epi16(p, lanes(0, n), half(x)); }
 
-// Sixteen bytes from each of W rows, turned: out[j] holds the j-th 32-bit word of every row, in row order.
-inline void turn(const void* const* rows, size_t offset, __m512i out[4]) {
-  __m512 r[4];
-  for (int i = 0; i < 4; i++) {
-    const auto at = [&](int lane) {
-      return _mm_loadu_ps(reinterpret_cast<const float*>(static_cast<const char*>(rows[4 * lane + i]) + offset));
-    };
-    r[i] = _mm512_castps128_ps512(at(0));
-    r[i] = _mm512_insertf32x4(r[i], at(1), 1);
-    r[i] = _mm512_insertf32x4(r[i], at(2), 2);
-    r[i] = _mm512_insertf32x4(r[i], at(3), 3);
+using Words = __m512i;
+// W words of 32 bits; the first n of them, zero in the others.
+inline Words load_words(const void* p) { return _mm512_loadu_si512(p); }
+inline Words load_words(const void* p, int n) { return _mm512_maskz_loadu_epi32(lanes(0, n), p); }
+
+// W by W words, turned: word j of w[i] becomes word i of w[j].
+[[gnu::always_inline]] inline void turn(Words w[16]) {
+  V r[16], x[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) r[i] = _mm512_castsi512_ps(w[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {  // pairs of rows
+    x[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    x[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
   }
-  const __m512 a = _mm512_unpacklo_ps(r[0], r[1]), b = _mm512_unpackhi_ps(r[0], r[1]);
-  const __m512 c = _mm512_unpacklo_ps(r[2], r[3]), d = _mm512_unpackhi_ps(r[2], r[3]);
-  out[0] = _mm512_castps_si512(_mm512_shuffle_ps(a, c, 0x44));
-  out[1] = _mm512_castps_si512(_mm512_shuffle_ps(a, c, 0xee));
-  out[2] = _mm512_castps_si512(_mm512_shuffle_ps(b, d, 0x44));
-  out[3] = _mm512_castps_si512(_mm512_shuffle_ps(b, d, 0xee));
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // fours of rows: lane k of r[i + j] is column 4 k + j
+    r[i] = _mm512_shuffle_ps(x[i], x[i + 2], 0x44);
+    r[i + 1] = _mm512_shuffle_ps(x[i], x[i + 2], 0xee);
+    r[i + 2] = _mm512_shuffle_ps(x[i + 1], x[i + 3], 0x44);
+    r[i + 3] = _mm512_shuffle_ps(x[i + 1], x[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    x[j] = _mm512_shuffle_f32x4(r[j], r[j + 4], 0x88);
+    x[j + 4] = _mm512_shuffle_f32x4(r[j], r[j + 4], 0xdd);
+    x[j + 8] = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0x88);
+    x[j + 12] = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    w[j] = _mm512_castps_si512(_mm512_shuffle_f32x4(x[j], x[j + 8], 0x88));
+    w[j + 8] = _mm512_castps_si512(_mm512_shuffle_f32x4(x[j], x[j + 8], 0xdd));
+    w[j + 4] = _mm512_castps_si512(_mm512_shuffle_f32x4(x[j + 4], x[j + 12], 0x88));
+    w[j + 12] = _mm512_castps_si512(_mm512_shuffle_f32x4(x[j + 4], x[j + 12], 0xdd));
+  }
 }
 inline V low(const float*, __m512i x) { return _mm512_castsi512_ps(x); }
 inline V low(const bf16*, __m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
@@ -90,4 +109,11 @@ inline V high(const bf16*, __m512i x) {
 }
 inline V low(const f16*, __m512i x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x)); }
 inline V high(const f16*, __m512i x) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16))); }
-using Words = __m512i;
+
+// x0 y0 x1 y1 ..., the first half of it into x.
+inline void interleave(V& x, V& y) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const V low_half = _mm512_permutex2var_ps(x, first, y);
+  y = _mm512_permutex2var_ps(x, _mm512_add_epi32(first, _mm512_set1_epi32(8)), y);
+  x = low_half;
+}

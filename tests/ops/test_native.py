@@ -205,6 +205,10 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "gated": (x, 0, x[:, :8].clone()),
         "copy_blocks": (cache, torch.tensor([[0, 1]])),
         "pack_dense": (x, packed.allocate(16 * 64)),
+        "pack_gguf": (
+            *(torch.zeros(5 * 34, dtype=torch.uint8), packed.FORMATS["q8_0"], 5, 32),
+            *(torch.arange(5), packed.allocate(576)),
+        ),
         "packed_linear": (x, packed.allocate(16 * 64), weight[:5], 0, 5, 16, torch.randn(2, 5)),
         "packed_rows": (slots[:1], packed.allocate(16 * 64), 0, 5, 16, torch.randn(1, 16)),
         "greedy_logprob": (x, torch.zeros(2, dtype=torch.int64), torch.zeros(2)),
