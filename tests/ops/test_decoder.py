@@ -103,10 +103,11 @@ def test_against_float64(level: str, name: str, batch: str) -> None:
     specs, norm = layers(shape)
     wanted = exact(specs, norm, wanted_step)
     out = run(stack, given)
-    # Rounding of keys, values or activations may fall to the other side.
+    # Keys, values or activations that fall to the other side when rounded move a row.
     rounds = shape.cache != torch.float32 or any(f in QUANTISED for f in shape.formats)
     error = (out.double() - wanted).norm(dim=1) / wanted.norm(dim=1)
-    assert error.max() < (8e-3 if rounds else 3e-6)
+    assert error.max() < (3e-2 if rounds else 3e-6)
+    assert error.mean() < 4e-3
     for sides, also in zip(given.caches, wanted_step.caches, strict=True):
         for side, exactly in zip(sides, also, strict=True):
             assert torch.equal(side.isnan(), exactly.isnan())
