@@ -23,7 +23,7 @@ from aserve.config.engine import EngineConfig, resolve_engine_config
 from aserve.config.lora import LORA_DTYPES
 from aserve.config.model import TOKENIZER_MODES
 from aserve.config.parallel import distributed_backends
-from aserve.config.scheduler import OVERLAPS
+from aserve.config.scheduler import OVERLAPS, PREEMPTION_MODES
 from aserve.config.server import LoRAModule, ServerArgs
 from aserve.config.vision import IMAGE_INPUT_TYPES
 from aserve.errors import ConfigError
@@ -154,7 +154,10 @@ class EngineArgs:
     )
     block_size: int = arg(16, group=_CACHE, choices=BLOCK_SIZES, help="Tokens per block of the KV cache.")
     enable_prefix_caching: bool = arg(
-        False, group=_CACHE, help="Reuse the KV cache of prompts that begin alike."
+        False,
+        group=_CACHE,
+        help="Compute what prompts begin with in common once: full blocks, generated ones included, are "
+        "found by their tokens for as long as there is room. Not with a sliding window in every layer.",
     )
     use_v2_block_manager: bool = arg(
         False, group=_CACHE, help="Accepted for compatibility: there is one block manager and it serves both."
@@ -162,8 +165,16 @@ class EngineArgs:
     swap_space: int = arg(
         4,
         group=_DEVICE,
-        help="CPU swap space per GPU, GiB. Preemption recomputes, so no swap pool is allocated: only the "
-        "default and 0 are accepted.",
+        help="CPU swap space per GPU, GiB: holds the KV cache of preempted requests. The default shrinks to "
+        "a quarter of what memory a small machine has available; 0 allocates none.",
+    )
+    preemption_mode: str | None = arg(
+        None,
+        group=_SCHEDULER,
+        choices=PREEMPTION_MODES,
+        default_text="swap with several sequences, else recompute",
+        help="What becomes of a request that must give way when the KV cache is full: it is recomputed "
+        "later, or moved to swap space and back. Without room there it is recomputed.",
     )
     gpu_memory_utilization: float = arg(
         0.90, group=_DEVICE, help="Fraction of GPU memory to use, above 0 and up to 1."
@@ -259,7 +270,7 @@ class EngineArgs:
         None, group=_DEVICE, help="Number of KV cache blocks, in place of what memory allows."
     )
     num_lookahead_slots: int = arg(
-        0, group=_CACHE, help="KV cache slots kept ahead of each sequence for speculative decoding."
+        0, group=_CACHE, help="KV cache slots reserved behind the next token of each sequence that draws one."
     )
     model_loader_extra_config: dict[str, Any] | str | None = arg(
         None,
@@ -302,6 +313,18 @@ class EngineArgs:
     )
     ngram_prompt_lookup_max: int | None = arg(None, group=_SPEC, help="Longest n-gram to look up.")
     ngram_prompt_lookup_min: int | None = arg(None, group=_SPEC, help="Shortest n-gram to look up.")
+    max_waiting_requests: int | None = arg(
+        None,
+        group=_SCHEDULER,
+        default_text="any number",
+        help="Most requests that may wait; beyond it new ones are refused at once with HTTP status 429.",
+    )
+    max_waiting_tokens: int | None = arg(
+        None,
+        group=_SCHEDULER,
+        default_text="any number",
+        help="Most prompt tokens that may wait, likewise. A request that finds nobody waiting is let in.",
+    )
     overlap: int = arg(
         1,
         group=_SCHEDULER,

@@ -7,6 +7,7 @@
         + InvalidRequestError     400; also a ValueError, so library callers can catch it as one
         + AuthenticationError     401
         + NotFoundError           404
+        + RequestTimeoutError     408; not completed within the time its caller gave it
         + QueueFullError          429; carries retry_after seconds
       ServerError                 aserve is at fault: HTTP 5xx
         + EngineBusyError         503; draining or still starting
@@ -53,6 +54,13 @@ class AuthenticationError(ClientError):
 class NotFoundError(ClientError):
     status = 404
     type = "NotFoundError"
+
+
+class RequestTimeoutError(ClientError):
+    """The request was not completed within its ``timeout``."""
+
+    status = 408
+    type = "RequestTimeoutError"
 
 
 class QueueFullError(ClientError):

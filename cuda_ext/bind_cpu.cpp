@@ -48,23 +48,6 @@ void fused_add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& w
   norm("fused_add_rms_norm", x, &residual, weight, eps, out, &total);
 }
 
-// The cache's layout into args that name it cache_block, cache_head, cache_slot, block_size, num_blocks.
-template <typename Args>
-void read_cache(const View& k, const View& v, int64_t kv_heads, int64_t head_size, Args& a) {
-  k.rank(4).size(1, kv_heads).size(3, head_size).dense_from(3);
-  same_shape(k, v);
-  check_same_type(k, v);
-  for (int64_t d = 0; d < 4; d++)
-    if (k.strides[d] != v.strides[d]) refuse(k.op, "k_cache and v_cache must have one layout");
-  a.num_blocks = k.sizes[0];
-  a.block_size = k.sizes[2];
-  if (a.block_size < 1) refuse(k.op, "the block size must be positive");
-  a.cache_block = k.strides[0];
-  a.cache_head = k.strides[1];
-  a.cache_slot = k.strides[2];
-  a.cache_dtype = k.storage();
-}
-
 aserve::RotaryArgs rotary_args(const View& q, const View& k, const View& positions, const View& cos_sin,
                                bool interleaved, const View& q_out) {
   aserve::RotaryArgs a = {};
@@ -181,25 +164,7 @@ void paged_attention(const Tensor& q_, const Tensor& k_cache_, const Tensor& v_c
   same_shape(q, out);
   out.dense_from(0);
   check_same_type(q, out);
-  a.rows = seq_lens.rank(1).sizes[0];
-  const int32_t int32 = aoti_torch_dtype_int32();
-  seq_lens.typed(int32, "int32").dense_from(0);
-  query_start.rank(1).size(0, a.rows + 1).typed(int32, "int32").dense_from(0);
-  block_tables.rank(2).size(0, a.rows).typed(int32, "int32").dense_from(1);
-  a.query_start = static_cast<const int32_t*>(query_start.data);
-  a.seq_lens = static_cast<const int32_t*>(seq_lens.data);
-  a.block_tables = static_cast<const int32_t*>(block_tables.data);
-  a.max_blocks = block_tables.sizes[1];
-  a.table_stride = block_tables.strides[0];
-  if (a.query_start[0] != 0 || a.query_start[a.rows] != q.sizes[0])
-    refuse(op, "query_start must run from 0 to the number of tokens, ", q.sizes[0]);
-  for (int64_t row = 0; row < a.rows; row++) {
-    const int64_t tokens = static_cast<int64_t>(a.query_start[row + 1]) - a.query_start[row];
-    if (tokens < 0) refuse(op, "query_start falls at row ", row);
-    if (a.seq_lens[row] < tokens) refuse(op, "row ", row, " has more tokens than its sequence");
-    if (a.seq_lens[row] > a.max_blocks * a.block_size)
-      refuse(op, "row ", row, " is longer than its block table");
-  }
+  read_rows(query_start, seq_lens, block_tables, q.sizes[0], a.block_size, a);
   if (alibi_slopes_.has_value()) {
     const View slopes(op, "alibi_slopes", *alibi_slopes_);
     slopes.rank(1).size(0, a.q_heads).typed(aoti_torch_dtype_float32(), "float32").dense_from(0);
@@ -236,21 +201,38 @@ void gated(const Tensor& x_, int64_t activation, const Tensor& out_) {
   table(op).gated(a, static_cast<aserve::Activation>(activation), threads());
 }
 
-void copy_blocks(const Tensor& cache_, const Tensor& pairs_) {
-  const char* op = "copy_blocks";
-  const View cache(op, "cache", cache_), pairs(op, "pairs", pairs_);
-  if (cache.dims < 2) refuse(op, "cache must have blocks of at least one dimension");
-  cache.dense_from(1);
+void move_blocks(const char* op, const View& source, const View& target, const Tensor& pairs_) {
+  const View pairs(op, "pairs", pairs_);
+  if (source.dims < 2) refuse(op, source.name, " must have blocks of at least one dimension");
+  source.dense_from(1);
+  target.rank(source.dims).dense_from(1);
+  check_same_type(source, target);
   pairs.rank(2).size(1, 2).typed(aoti_torch_dtype_int64(), "int64").dense_from(0);
   aserve::CopyArgs a = {};
-  a.cache = cache.data;
+  a.source = source.data;
+  a.target = target.data;
   a.pairs = static_cast<const int64_t*>(pairs.data);
   a.count = pairs.sizes[0];
-  a.num_blocks = cache.sizes[0];
-  a.block_bytes = cache.element_bytes();
-  for (int64_t d = 1; d < cache.dims; d++) a.block_bytes *= cache.sizes[d];
-  a.block_stride = cache.strides[0] * cache.element_bytes();
+  a.source_blocks = source.sizes[0];
+  a.target_blocks = target.sizes[0];
+  a.block_bytes = source.element_bytes();
+  for (int64_t d = 1; d < source.dims; d++) {
+    target.size(d, source.sizes[d]);
+    a.block_bytes *= source.sizes[d];
+  }
+  a.source_stride = source.strides[0] * source.element_bytes();
+  a.target_stride = target.strides[0] * target.element_bytes();
   check(op, aserve::copy_blocks(a));
+}
+
+void copy_blocks(const Tensor& cache_, const Tensor& pairs) {
+  const View cache("copy_blocks", "cache", cache_);
+  move_blocks("copy_blocks", cache, cache, pairs);
+}
+
+void swap_blocks(const Tensor& source, const Tensor& target, const Tensor& pairs) {
+  const char* op = "swap_blocks";
+  move_blocks(op, View(op, "source", source), View(op, "target", target), pairs);
 }
 
 void greedy_logprob(const Tensor& logits_, const Tensor& token_, const Tensor& logprob_) {
@@ -291,6 +273,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aserve, m) {
       "Tensor(a!) out) -> ()");
   m.def("gated(Tensor x, int activation, Tensor(a!) out) -> ()");
   m.def("copy_blocks(Tensor(a!) cache, Tensor pairs) -> ()");
+  m.def("swap_blocks(Tensor source, Tensor(a!) target, Tensor pairs) -> ()");
   m.def("greedy_logprob(Tensor logits, Tensor(a!) token, Tensor(b!) logprob) -> ()");
 }
 
@@ -303,5 +286,6 @@ STABLE_TORCH_LIBRARY_IMPL(aserve, CPU, m) {
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("gated", TORCH_BOX(&gated));
   m.impl("copy_blocks", TORCH_BOX(&copy_blocks));
+  m.impl("swap_blocks", TORCH_BOX(&swap_blocks));
   m.impl("greedy_logprob", TORCH_BOX(&greedy_logprob));
 }

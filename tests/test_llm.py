@@ -202,6 +202,84 @@ def test_siblings_keep_their_tokens_under_preemption(checkpoint, llm):
     assert tokens(pressed) == tokens(expected)
 
 
+SHARED = "the same beginning for all of them, "
+POLICIES = {
+    "prefixes": {"enable_prefix_caching": True},
+    "prefixes-chunks": {
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": 16,
+    },
+    "prefixes-tight": {"enable_prefix_caching": True, "num_gpu_blocks_override": 24},
+    "swap": {"num_gpu_blocks_override": 24, "preemption_mode": "swap", "swap_space": 1},
+    "swap-chunks": {
+        "num_gpu_blocks_override": 24,
+        "preemption_mode": "swap",
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": 16,
+    },
+    "lookahead": {"num_lookahead_slots": 5, "use_v2_block_manager": True},
+    "one-by-one": {"enable_prefix_caching": True, "num_gpu_blocks_override": 24, "overlap": 0},
+    "everything": {
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": 16,
+        "num_gpu_blocks_override": 24,
+        "preemption_mode": "swap",
+        "num_lookahead_slots": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("options", POLICIES.values(), ids=POLICIES)
+def test_policies_change_no_token(checkpoint, llm, options):
+    prompts = [SHARED + text for text in PROMPTS]
+    drawn = {"n": 2, "seed": 11, "max_tokens": 20}
+    greedy = tokens(generate(llm, prompts, temperature=0, max_tokens=20))
+    sampled = tokens(generate(llm, prompts, **drawn))
+    with make(checkpoint, **options) as engine:
+        core = engine.llm_engine.core
+        for _ in range(2):  # with an empty cache, and with a full one
+            assert tokens(generate(engine, prompts, temperature=0, max_tokens=20)) == greedy
+            assert tokens(generate(engine, prompts, **drawn)) == sampled
+        core.verify()
+        assert core.blocks.num_free == core.blocks.num_blocks
+        assert (core.prefix_counts.hits > 0) == ("enable_prefix_caching" in options)
+        if "num_gpu_blocks_override" in options:
+            assert core.num_preemptions > 0
+        assert engine.llm_engine.capacity.num_cpu_blocks > 0 and core.blocks.swap_pool.usage == 0
+
+
+def test_a_model_whose_layers_all_have_a_window_keeps_no_more_than_that(tmp_path):
+    from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+    folder = tiny_checkpoint.write(tmp_path, weights=True)
+    torch.manual_seed(3)
+    config = MistralConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        sliding_window=20,
+        initializer_range=0.3,
+    )
+    MistralForCausalLM(config).save_pretrained(folder)
+    oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with make(folder, num_gpu_blocks_override=24) as engine:
+        core = engine.llm_engine.core
+        assert core.blocks.window == 20
+        outputs = generate(engine, PROMPTS, temperature=0, max_tokens=80)
+        # Six sequences of up to 110 tokens, 14 blocks of 8 at their end, of which each keeps four.
+        assert core.num_preemptions == 0
+    for output in outputs:
+        ids = torch.tensor([output.prompt_token_ids])
+        theirs = oracle.generate(ids, max_new_tokens=80, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert output.outputs[0].token_ids == theirs[0, ids.shape[1] :].tolist()
+
+
 def test_prompt_logprobs_are_those_of_the_model(checkpoint, llm):
     from transformers import AutoModelForCausalLM
 

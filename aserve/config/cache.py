@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from aserve.config.memory import total_memory_bytes
 from aserve.config.model import ModelConfig
 from aserve.errors import ConfigError
 
@@ -22,7 +23,7 @@ CPU_KVCACHE_VARIABLES = ("ASERVE_CPU_KVCACHE_SPACE", "VLLM_CPU_KVCACHE_SPACE")
 
 _GIB = 1 << 30
 _DEFAULT_SWAP_GIB = 4
-_DEFAULT_CPU_KVCACHE_GIB = 4
+DEFAULT_SWAP_BYTES = _DEFAULT_SWAP_GIB * _GIB
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class CacheConfig:
     block_size: tokens per block. gpu_memory_utilization: fraction of a GPU's memory, in (0, 1].
     swap_space_bytes: host memory per GPU that may hold swapped blocks. cache_dtype: "auto" is the
     model's. num_gpu_blocks_override: blocks, in place of what memory allows. cpu_kvcache_bytes: size
-    of the cache when the device is a CPU.
+    of the cache when the device is a CPU; None for what memory allows.
     """
 
     block_size: int
@@ -42,7 +43,7 @@ class CacheConfig:
     num_gpu_blocks_override: int | None
     enable_prefix_caching: bool
     quantization_param_path: str | None
-    cpu_kvcache_bytes: int
+    cpu_kvcache_bytes: int | None
 
 
 def resolve_cache_config(args: EngineArgs, model: ModelConfig) -> CacheConfig:
@@ -62,14 +63,10 @@ def resolve_cache_config(args: EngineArgs, model: ModelConfig) -> CacheConfig:
         raise ConfigError(
             "kv_cache_dtype fp8_e5m2 does not go with an fp8 checkpoint; use fp8", param="kv_cache_dtype"
         )
-    if args.enable_prefix_caching and model.sliding_window is not None:
+    if args.enable_prefix_caching and model.uniform_window is not None:
         raise ConfigError(
-            "enable_prefix_caching does not go with a model that has sliding window attention",
-            param="enable_prefix_caching",
-        )
-    if args.enable_prefix_caching and args.enable_chunked_prefill:
-        raise ConfigError(
-            "enable_prefix_caching does not go with enable_chunked_prefill; choose one",
+            "enable_prefix_caching does not go with a model all of whose layers have a sliding window: "
+            "what leaves the window is not kept",
             param="enable_prefix_caching",
         )
     _check_swap_space(args)
@@ -90,10 +87,10 @@ def _check_swap_space(args: EngineArgs) -> None:
     if args.swap_space < 0:
         raise ConfigError(f"swap_space must be 0 GiB or more, got {args.swap_space}", param="swap_space")
     if args.swap_space == _DEFAULT_SWAP_GIB:
-        # Nobody asked for it: a small machine must not be refused for a default that is not allocated.
+        # Nobody asked for it: a small machine must not be refused for it, but takes less.
         return
     asked = args.swap_space * args.tensor_parallel_size * _GIB
-    host = host_memory_bytes()
+    host = total_memory_bytes()
     if asked > 0.7 * host:
         raise ConfigError(
             f"swap_space: {asked / _GIB:.1f} GiB of swap space is more than 70% of this "
@@ -123,13 +120,8 @@ def _check_block_override(args: EngineArgs, model: ModelConfig) -> None:
         )
 
 
-def host_memory_bytes() -> int:
-    """Size of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def cpu_kvcache_bytes() -> int:
-    """KV cache size on a CPU, from the environment in GiB; 0 or unset is 4 GiB."""
+def cpu_kvcache_bytes() -> int | None:
+    """KV cache size on a CPU, from the environment in GiB; None if it is 0 or unset."""
     for variable in CPU_KVCACHE_VARIABLES:
         text = os.environ.get(variable, "")
         if not text:
@@ -143,4 +135,4 @@ def cpu_kvcache_bytes() -> int:
         if gib > 0:
             return int(gib * _GIB)
         break
-    return _DEFAULT_CPU_KVCACHE_GIB * _GIB
+    return None

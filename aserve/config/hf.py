@@ -89,6 +89,17 @@ def sliding_window(config: Any) -> int | None:
     return window
 
 
+def uniform_window(config: Any) -> int | None:
+    """Window in tokens if every layer has it, None if any layer sees everything."""
+    layers = getattr(config, "layer_types", None)
+    if layers:
+        everywhere = set(layers) == {"sliding_attention"}
+    else:
+        # Without a list, the first max_window_layers layers see everything.
+        everywhere = not getattr(config, "max_window_layers", 0)
+    return sliding_window(config) if everywhere else None
+
+
 def quantization_dict(hf_config: PretrainedConfig) -> dict[str, Any] | None:
     """What the checkpoint says about its quantisation, or None."""
     for name in ("quantization_config", "compression_config"):

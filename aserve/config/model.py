@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from aserve import packaged
@@ -15,6 +16,7 @@ from aserve.config.hf import (
     resolve_architecture,
     sliding_window,
     text_config,
+    uniform_window,
 )
 from aserve.config.lengths import apply_rope_scaling, resolve_max_model_len
 from aserve.config.quantization import check_quantization, resolve_quantization
@@ -87,7 +89,7 @@ class ModelConfig:
     def hidden_size(self) -> int:
         return int(self.text_config.hidden_size)
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         return int(self.text_config.vocab_size)
 
@@ -95,6 +97,11 @@ class ModelConfig:
     def sliding_window(self) -> int | None:
         """Window in tokens of the layers that have one, None when none has."""
         return sliding_window(self.text_config)
+
+    @property
+    def uniform_window(self) -> int | None:
+        """The same if all layers have it: what is outside of it then needs no KV cache."""
+        return uniform_window(self.text_config)
 
 
 def resolve_model_path(model: str) -> str:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from aserve.args import EngineArgs
 
 OVERLAPS = (0, 1)
+PREEMPTION_MODES = ("recompute", "swap")
 
 _CHUNKED_TOKENS = 512
 _LEAST_DEFAULT_TOKENS = 2048
@@ -24,7 +25,9 @@ class SchedulerConfig:
 
     max_num_batched_tokens: tokens. max_num_seqs: sequences, not requests. delay_factor: multiple of the
     last prompt's latency to wait before the next prompt. num_lookahead_slots: KV slots kept ahead of
-    each sequence. overlap: steps launched before the previous one's results are read.
+    each sequence. overlap: steps launched before the previous one's results are read. preemption_mode:
+    "recompute", "swap", or None to swap requests with several sequences alone. max_waiting_requests,
+    max_waiting_tokens: length of the queue, None for any.
     """
 
     max_num_batched_tokens: int
@@ -34,6 +37,9 @@ class SchedulerConfig:
     delay_factor: float
     num_lookahead_slots: int
     overlap: int
+    preemption_mode: str | None = None
+    max_waiting_requests: int | None = None
+    max_waiting_tokens: int | None = None
 
 
 def resolve_scheduler_config(args: EngineArgs, model: ModelConfig) -> SchedulerConfig:
@@ -49,6 +55,17 @@ def resolve_scheduler_config(args: EngineArgs, model: ModelConfig) -> SchedulerC
             f"scheduler_delay_factor must be 0 or more, got {args.scheduler_delay_factor}",
             param="scheduler_delay_factor",
         )
+    if args.preemption_mode not in (None, *PREEMPTION_MODES):
+        raise ConfigError(
+            f"preemption_mode must be one of {', '.join(PREEMPTION_MODES)}, got {args.preemption_mode!r}",
+            param="preemption_mode",
+        )
+    if args.preemption_mode == "swap" and not args.swap_space:
+        raise ConfigError("preemption_mode swap needs swap_space above 0", param="preemption_mode")
+    for name in ("max_waiting_requests", "max_waiting_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}", param=name)
     if args.overlap not in OVERLAPS:
         raise ConfigError(f"overlap must be 0 or 1, got {args.overlap}", param="overlap")
     return SchedulerConfig(
@@ -59,6 +76,9 @@ def resolve_scheduler_config(args: EngineArgs, model: ModelConfig) -> SchedulerC
         delay_factor=args.scheduler_delay_factor,
         num_lookahead_slots=args.num_lookahead_slots,
         overlap=args.overlap,
+        preemption_mode=args.preemption_mode,
+        max_waiting_requests=args.max_waiting_requests,
+        max_waiting_tokens=args.max_waiting_tokens,
     )
 
 

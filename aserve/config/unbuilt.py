@@ -100,18 +100,6 @@ ROWS = (
         "leave it out: a KV cache in the model's data type needs no scales",
     ),
     Unbuilt(
-        "enable_prefix_caching",
-        "",
-        lambda args, config: config.cache.enable_prefix_caching,
-        "leave it out: outputs are the same without it",
-    ),
-    Unbuilt(
-        "num_lookahead_slots",
-        "above 0",
-        lambda args, config: config.scheduler.num_lookahead_slots > 0,
-        "use 0",
-    ),
-    Unbuilt(
         "tokenizer_pool_size",
         "above 0",
         lambda args, config: config.tokenizer_pool is not None,
@@ -122,12 +110,6 @@ ROWS = (
         "npcache or tensorizer",
         lambda args, config: not registry.loaders.built(config.load.load_format),
         "use auto, safetensors or pt",
-    ),
-    Unbuilt(
-        "swap_space",
-        "other than 0 or the default 4",
-        lambda args, config: args.swap_space not in (0, 4),
-        "leave it out: preempted requests are recomputed",
     ),
 )
 

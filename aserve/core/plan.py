@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from aserve.core.block_manager import Growth
+from aserve.core.block_pool import NULL_BLOCK
 from aserve.core.sequence import Sequence
 from aserve.messages.step import Fork, NewSequence, StepPlan
 
@@ -24,15 +25,27 @@ class Ticket:
     samples: list[Sequence]
     started: float
     prefilled: bool
+    prompt_tokens: int
+    """Tokens of prompts this step takes care of, those found in the prefix cache included."""
 
 
 class PlanBuilder:
     """Collects rows under a token budget.
 
     blocks_promised: blocks that sequences admitted in this step will need but have not taken yet.
+    cached_tokens: prompt tokens found in the prefix cache by requests that start in this step.
     """
 
-    __slots__ = ("blocks_promised", "budget", "copies", "grown", "replaced", "rows")
+    __slots__ = (
+        "blocks_promised",
+        "budget",
+        "cached_tokens",
+        "copies",
+        "grown",
+        "replaced",
+        "rows",
+        "swap_ins",
+    )
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -41,13 +54,15 @@ class PlanBuilder:
         self.grown: list[tuple[Sequence, list[int]]] = []
         self.replaced: list[tuple[int, int, int]] = []
         self.copies: list[tuple[int, int]] = []
+        self.swap_ins: list[tuple[int, int]] = []
+        self.cached_tokens = 0
 
     def add_row(self, seq: Sequence, count: int, growth: Growth) -> None:
         self.budget -= count
         self.rows.append(Row(seq, seq.num_computed, count))
         if growth.taken:
             self.grown.append((seq, growth.taken))
-        if growth.split:
+        if growth.split is not None:
             index, source, copy = growth.split
             self.replaced.append((seq.slot, index, copy))
             self.copies.append((source, copy))
@@ -63,11 +78,17 @@ class PlanBuilder:
         samples: list[tuple[int, Sequence]],
         unsent: list[Sequence],
         forks: list[Fork],
+        swap_outs: list[tuple[int, int]],
     ) -> StepPlan:
         """samples: ``(row, sequence)`` to draw for. unsent: sequences the worker does not know yet."""
         # Unsent sequences are described whole, so their tables need no growth entries of their own.
         fresh = {seq.slot: seq for seq in unsent if seq.slot >= 0}
-        prefills = sum(1 for row in self.rows if row.num_tokens > 1)
+        prefills = prompt_tokens = 0
+        for row in self.rows:
+            if row.num_tokens == 1:
+                break
+            prefills += 1
+            prompt_tokens += row.num_tokens
         return StepPlan(
             step_id=step_id,
             slots=[row.seq.slot for row in self.rows],
@@ -78,9 +99,17 @@ class PlanBuilder:
             forks=forks,
             new_blocks=[(seq.slot, taken) for seq, taken in self.grown if seq.slot not in fresh],
             replaced_blocks=self.replaced,
+            swap_outs=swap_outs,
+            swap_ins=self.swap_ins,
             block_copies=self.copies,
             num_prefill_rows=prefills,
-            ticket=Ticket([row.seq for row in self.rows], [seq for _, seq in samples], now, prefills > 0),
+            ticket=Ticket(
+                rows=[row.seq for row in self.rows],
+                samples=[seq for _, seq in samples],
+                started=now,
+                prefilled=prefills > 0,
+                prompt_tokens=prompt_tokens + self.cached_tokens,
+            ),
         )
 
 
@@ -92,12 +121,17 @@ def describe(seq: Sequence) -> NewSequence:
         seq_id=seq.seq_id,
         token_ids=list(seq.token_ids),
         num_prompt_tokens=seq.num_prompt_tokens,
-        block_ids=list(seq.blocks),
+        block_ids=_block_ids(seq),
         params=group.params,
         rng_seed=seq.rng_seed,
         eos_token_id=group.eos_token_id,
         want_prompt_logprobs=group.wants_prompt_logprobs,
     )
+
+
+def _block_ids(seq: Sequence) -> list[int]:
+    # Attention never looks at what is outside the window: there, any block that exists will do.
+    return [0 if block == NULL_BLOCK else block for block in seq.blocks]
 
 
 def describe_fork(child: Sequence, parent: Sequence) -> Fork:
@@ -106,7 +140,7 @@ def describe_fork(child: Sequence, parent: Sequence) -> Fork:
         seq_id=child.seq_id,
         parent_slot=parent.slot,
         num_tokens=len(child.token_ids),
-        block_ids=list(child.blocks),
+        block_ids=_block_ids(child),
         rng_seed=child.rng_seed,
     )
 

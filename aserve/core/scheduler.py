@@ -9,50 +9,18 @@ decoding are the same case with different counts.
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
-from dataclasses import dataclass, field
 
+from aserve.core import audit
 from aserve.core.block_manager import BlockManager
+from aserve.core.changes import Commit, Ledger, PrefixCounts, TokenUpdate
+from aserve.core.limits import RECOMPUTE, SWAP, SchedulerLimits
 from aserve.core.plan import PlanBuilder, Ticket, describe_fork
 from aserve.core.sequence import Sequence, SequenceGroup, SequenceStatus
-from aserve.messages.step import Fork, SampleLogprobs, StepPlan, StepResult
+from aserve.core.waiting import Deadlines, WaitingQueue, order
+from aserve.errors import QueueFullError
+from aserve.messages.step import Fork, StepPlan, StepResult
 
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """What the scheduler may use.
-
-    max_num_batched_tokens: tokens of one step.
-    max_num_seqs: sequences running at once; also the number of worker slots.
-    chunked_prefill: mix chunks of prompts with decodes instead of running whole prompts first.
-    delay_factor: with something running, the oldest waiting prompt waits this many times the
-        duration of the last prompt step.
-    """
-
-    num_blocks: int
-    block_size: int
-    max_num_batched_tokens: int
-    max_num_seqs: int
-    chunked_prefill: bool = False
-    delay_factor: float = 0.0
-
-
-@dataclass(slots=True)
-class TokenUpdate:
-    """One drawn token, already appended to its sequence."""
-
-    seq: Sequence
-    token_id: int
-    logprob: float
-    details: SampleLogprobs | None
-
-
-@dataclass(slots=True)
-class Commit:
-    """What a finished step changed, in the order it is to be told."""
-
-    tokens: list[TokenUpdate] = field(default_factory=list)
-    failed: list[tuple[SequenceGroup, str]] = field(default_factory=list)
+__all__ = ["Commit", "Scheduler", "SchedulerLimits", "TokenUpdate"]
 
 
 class Scheduler:
@@ -60,25 +28,53 @@ class Scheduler:
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
-        self.blocks = BlockManager(limits.num_blocks, limits.block_size)
-        self.waiting: deque[SequenceGroup] = deque()
+        self.blocks = BlockManager(
+            limits.num_blocks,
+            limits.block_size,
+            prefix_caching=limits.prefix_caching,
+            window=limits.window,
+            num_swap_blocks=limits.num_swap_blocks,
+            lookahead=limits.num_lookahead_slots,
+        )
+        self.waiting = WaitingQueue()
         self.running: list[SequenceGroup] = []
         self.groups: dict[str, SequenceGroup] = {}
+        self.ledger = Ledger()
+        self.prefix_counts = PrefixCounts()
         self.num_preemptions = 0
+        self.num_swapped = 0
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._unsent: list[Sequence] = []
+        self._swap_outs: dict[int, int] = {}
         self._watermark = limits.num_blocks // 100
         self._next_seq_id = 0
         self._next_step_id = 0
         self._last_prompt_duration = 0.0
         self._capped: list[Sequence] = []
+        self._deadlines = Deadlines()
+        self._expired: list[SequenceGroup] = []
 
     # ---------------------------------------------------------------- requests in and out
+
+    def check_room(self, num_prompt_tokens: int = 0, num_coming: int = 0) -> None:
+        """Raises QueueFullError, and counts a rejection, if one more request is too many to wait.
+
+        num_coming: requests that were let in and are not queued yet.
+        """
+        limits = self.limits
+        try:
+            self.waiting.check_room(
+                limits.max_waiting_requests, limits.max_waiting_tokens, num_coming, num_prompt_tokens
+            )
+        except QueueFullError:
+            self.ledger.received += 1
+            self.ledger.rejected += 1
+            raise
 
     def add(self, group: SequenceGroup) -> bool:
         """Queues a request. False if its prompt can never fit: it is then finished as ignored.
 
-        KeyError when an unfinished request has the same id.
+        KeyError when an unfinished request has the same id, QueueFullError when too many wait.
         """
         if group.request_id in self.groups:
             raise KeyError(f"request id {group.request_id!r} already exists")
@@ -87,6 +83,8 @@ class Scheduler:
                 f"best_of={group.width} exceeds max_num_seqs={self.limits.max_num_seqs}; "
                 "it could never be scheduled"
             )
+        self.check_room(group.num_prompt_tokens)
+        self.ledger.received += 1
         seq = Sequence(self._new_seq_id(), 0, group, list(group.prompt_token_ids))
         group.seqs = [seq]
         length = group.num_prompt_tokens
@@ -95,9 +93,11 @@ class Scheduler:
             limit = min(limit, self.limits.max_num_batched_tokens)
         if length > limit or self.blocks.blocks_for(length) > self.limits.num_blocks:
             seq.status = SequenceStatus.FINISHED_IGNORED
+            self.ledger.rejected += 1
             return False
         self.groups[group.request_id] = group
-        self.waiting.append(group)
+        self.waiting.push(group)
+        self._deadlines.watch(group)
         return True
 
     def abort(self, request_id: str) -> SequenceGroup | None:
@@ -126,10 +126,20 @@ class Scheduler:
         capped, self._capped = self._capped, []
         return capped
 
+    def take_expired(self) -> list[SequenceGroup]:
+        """Requests that were given up since the last call because their deadline has passed."""
+        expired, self._expired = self._expired, []
+        return expired
+
     # ---------------------------------------------------------------- the decision
 
     def schedule(self, now: float = 0.0) -> StepPlan | None:
         """Decides the next step; None when nothing can run before an issued plan is committed."""
+        if self._deadlines:
+            for group in self._deadlines.due(now):
+                self.abort(group.request_id)
+                self._expired.append(group)
+        num_capped = len(self._capped)
         step = PlanBuilder(self.limits.max_num_batched_tokens)
         if self.limits.chunked_prefill:
             if not self._run_running(step):
@@ -139,11 +149,12 @@ class Scheduler:
                 for seq in group.seqs:
                     if seq.num_known - seq.num_computed > 1 and not seq.finished:
                         self._try_row(step, seq)
-            self._admit(step, now)
-            if not step.rows:
-                self._run_running(step)
+            self._admit(step, now, swapped=False)
+            if not step.rows and not self._run_running(step):
+                self._admit(step, now, prompts=False)
         if not step.rows:
-            return None
+            # A sequence that was ended for its size has made room for others.
+            return self.schedule(now) if len(self._capped) > num_capped else None
         return self._make_plan(step, now)
 
     def commit(self, plan: StepPlan, result: StepResult, now: float = 0.0) -> Commit:
@@ -155,7 +166,7 @@ class Scheduler:
         ticket: Ticket = plan.ticket
         if ticket.prefilled:
             self._last_prompt_duration = now - ticket.started
-        changes = Commit()
+        changes = Commit(prompt_tokens=ticket.prompt_tokens)
         for row, entries in (result.prompt_logprobs or {}).items():
             # Entry i is about token starts[row] + 1 + i; a recomputed prompt brings some a second time.
             have = ticket.rows[row].group.prompt_logprobs
@@ -179,49 +190,37 @@ class Scheduler:
             group.check_stop(seq)
             if seq.status >= SequenceStatus.FINISHED_STOPPED:
                 self._retire(seq)
+            else:
+                self.blocks.publish(seq)
             changes.tokens.append(TokenUpdate(seq, token, logprob, details.get(index)))
+        if not self.groups and self.blocks.num_free != self.blocks.num_blocks:
+            # Nobody is left who could hold a block. Cheap enough to ask always, and worth dying for.
+            raise RuntimeError("KV blocks were lost: not all are free although no request is left")
         return changes
 
     def verify(self) -> None:
         """Raises RuntimeError if blocks, slots and sequences do not add up. Meant for tests and idle."""
-        live = [seq for group in self.groups.values() for seq in group.unfinished]
-        self.blocks.pool.verify([seq.blocks for seq in live])
-        held = [seq.slot for seq in live if seq.slot >= 0]
-        held += [slot for group in self.groups.values() for slot in group.reserved_slots]
-        if sorted(held + self._free_slots) != list(range(self.limits.max_num_seqs)):
-            raise RuntimeError("worker slots are not exactly partitioned between sequences and the free list")
-        queued = {id(group) for group in self.running} | {id(group) for group in self.waiting}
-        if queued != {id(group) for group in self.groups.values()}:
-            raise RuntimeError("a request is in no queue, or a finished one is still queued")
-        if len(self.running) + len(self.waiting) != len(queued):
-            raise RuntimeError("a request is queued twice")
-        for seq in live:
-            if not 0 <= seq.num_computed <= seq.num_known:
-                raise RuntimeError(f"sequence {seq.seq_id} has computed more tokens than it knows")
-            if seq.slot >= 0 and len(seq.blocks) * self.limits.block_size < seq.num_computed:
-                raise RuntimeError(f"sequence {seq.seq_id} has computed tokens without blocks")
-            if seq.slot < 0 and (seq.blocks or seq.num_computed):
-                raise RuntimeError(f"waiting sequence {seq.seq_id} still holds blocks")
+        audit.verify(self, self._free_slots)
 
     # ---------------------------------------------------------------- running requests
 
     def _run_running(self, step: PlanBuilder) -> bool:
-        """Rows for running requests, oldest first; True if somebody had to give way."""
+        """Rows for running requests, first in order first; True if somebody had to give way."""
         gave_way = False
         position = 0
         while position < len(self.running):
             group = self.running[position]
             todo = [seq for seq in group.seqs if self._has_work(seq)]
+            for seq in todo:
+                self.blocks.slide(seq)
             while todo and not self._fits(todo, step):
-                gave_way = True
-                victim = self.running[-1]
                 if len(self.running) == 1:
                     # Alone with the whole cache and still too large: nothing is left to wait for.
                     self._cap(todo.pop())
-                else:
-                    self._preempt(victim)
-                    if victim is group:
-                        return True
+                    continue
+                gave_way = True
+                if self._preempt_last() is group:
+                    return True
             for seq in todo:
                 self._try_row(step, seq)
             if position < len(self.running) and self.running[position] is group:
@@ -247,65 +246,105 @@ class Scheduler:
                 needed += self.blocks.missing(seq, seq.num_computed + count)
         return needed <= self.blocks.num_free
 
-    def _preempt(self, group: SequenceGroup) -> None:
-        """Sends a running request back to the front of the queue; its tokens will be recomputed.
+    def _preempt_last(self) -> SequenceGroup:
+        """Sends the last running request back to the queue: its tokens will be recomputed, or its blocks
+        are moved to host memory.
 
-        Blocks may be handed out again in the plan being made: plans run in order, so a step in
-        flight finishes its writes to them before any later plan touches them.
+        Blocks may be handed out again in the plan being made: plans run in order, so a step in flight
+        finishes its reads and writes before any later plan touches them, and a plan moves blocks out
+        before it does anything else with them.
         """
-        self.running.remove(group)
+        group = self.running.pop()
         self.num_preemptions += 1
         group.num_preemptions += 1
-        for seq in group.unfinished:
-            self._release(seq)
-            seq.num_computed = 0
+        seqs = group.unfinished
+        mode = self.limits.preemption_mode or (SWAP if group.width > 1 else RECOMPUTE)
+        moved = self.blocks.swap_out(seqs) if mode == SWAP else None
+        if moved is not None:
+            group.swapped = True
+            self.num_swapped += 1
+            self._swap_outs.update((there, here) for here, there in moved)
+        for seq in seqs:
+            self._release_slot(seq)
             seq.status = SequenceStatus.WAITING
-        self._free_slots.extend(group.reserved_slots)
-        group.reserved_slots = []
-        self.waiting.appendleft(group)
+            if moved is None:
+                self.blocks.release(seq)
+                seq.num_computed = 0
+        self._release_reserved(group)
+        self.waiting.push(group)
+        return group
 
     # ---------------------------------------------------------------- admission
 
-    def _may_admit(self, now: float) -> bool:
-        if self.limits.delay_factor <= 0 or not self.running:
-            return True
-        oldest = min(group.arrival_time for group in self.waiting)
-        return now - oldest > self.limits.delay_factor * self._last_prompt_duration
+    def _admit(self, step: PlanBuilder, now: float, *, prompts: bool = True, swapped: bool = True) -> None:
+        """Moves waiting requests to running, in order and without overtaking, while they fit.
 
-    def _admit(self, step: PlanBuilder, now: float) -> None:
-        """Moves waiting requests to running, first come first served, while they fit."""
-        if not self.waiting or not self._may_admit(now):
-            return
-        while self.waiting and step.budget > 0:
-            group = self.waiting[0]
+        prompts, swapped: whether those that compute their prompt, or that were swapped out, may start.
+        """
+        while step.budget > 0 and (group := self.waiting.head) is not None:
             seqs = group.unfinished
             if any(seq.in_flight for seq in seqs):
                 return  # preempted a moment ago: its last token is still on the way
+            if not (swapped if group.swapped else prompts and self._may_admit(group, now)):
+                return
             slots = group.width if not group.expanded else len(seqs)
             if slots > len(self._free_slots):
                 return
-            if not self.limits.chunked_prefill and seqs[0].num_known > step.budget:
-                return
-            needed = sum(self.blocks.blocks_for(seq.num_known) for seq in seqs)
-            if needed > self.limits.num_blocks:
+            found: list[list[int]] = []
+            if group.swapped:
+                total = needed = self.blocks.swap_need(seqs)
+            else:
+                found = [self.blocks.match(seq) for seq in seqs]
+                skipped = len(found[0]) * self.limits.block_size
+                if not self.limits.chunked_prefill and seqs[0].num_known - skipped > step.budget:
+                    return
+                total, needed = self.blocks.start_need(seqs, found)
+            if total > self.limits.num_blocks:
                 self._cap(seqs[-1])
                 continue
             spare = self.blocks.num_free - step.blocks_promised - needed
             if spare < (self._watermark if self.running else 0):
                 return
-            self.waiting.popleft()
-            insort(self.running, group, key=_age)
+            self._start(group, seqs, slots, now)
+            if group.swapped:
+                group.swapped = False
+                self.num_swapped -= 1
+                step.swap_ins += self.blocks.swap_in(seqs)
+            else:
+                # All of it is held before anything is allocated, which might evict what was found.
+                for seq, blocks in zip(seqs, found, strict=True):
+                    self.blocks.adopt(seq, blocks)
             if group.first_scheduled_time is None:
                 group.first_scheduled_time = now
-            for seq in seqs:
-                seq.slot = self._free_slots.pop()
-                seq.status = SequenceStatus.RUNNING
-                self._unsent.append(seq)
-            group.reserved_slots = [self._free_slots.pop() for _ in range(slots - len(seqs))]
+                self._count_cached(group, step)
             for seq in seqs:
                 self._try_row(step, seq)
                 # The rest of it was counted as taken above: keep later arrivals of this step off it.
-                step.blocks_promised += self.blocks.blocks_for(seq.num_known) - len(seq.blocks)
+                step.blocks_promised += self.blocks.missing(seq, seq.num_known)
+
+    def _may_admit(self, group: SequenceGroup, now: float) -> bool:
+        factor = self.limits.delay_factor
+        return (
+            factor <= 0 or not self.running or now - group.arrival_time > factor * self._last_prompt_duration
+        )
+
+    def _start(self, group: SequenceGroup, seqs: list[Sequence], slots: int, now: float) -> None:
+        """Takes the head of the queue in among the running."""
+        self.waiting.remove(group)
+        insort(self.running, group, key=order)
+        for seq in seqs:
+            seq.slot = self._free_slots.pop()
+            seq.status = SequenceStatus.RUNNING
+            self._unsent.append(seq)
+        group.reserved_slots = [self._free_slots.pop() for _ in range(slots - len(seqs))]
+
+    def _count_cached(self, group: SequenceGroup, step: PlanBuilder) -> None:
+        group.num_cached_tokens = group.seqs[0].num_computed
+        if not self.limits.prefix_caching or group.wants_prompt_logprobs:
+            return
+        step.cached_tokens += group.num_cached_tokens
+        self.prefix_counts.queries += group.num_prompt_tokens
+        self.prefix_counts.hits += group.num_cached_tokens
 
     def _cap(self, seq: Sequence) -> None:
         """Ends a sequence that has outgrown the whole cache; it keeps what it has generated."""
@@ -323,30 +362,42 @@ class Scheduler:
         step.add_row(seq, count, self.blocks.grow(seq, end))
         seq.num_computed = end
 
-    def _release(self, seq: Sequence) -> None:
-        self.blocks.release(seq)
+    def _release_slot(self, seq: Sequence) -> None:
         if seq.slot >= 0:
             self._free_slots.append(seq.slot)
             seq.slot = -1
+
+    def _release_reserved(self, group: SequenceGroup) -> None:
+        self._free_slots.extend(group.reserved_slots)
+        group.reserved_slots = []
 
     def _retire(self, seq: Sequence) -> None:
         """Frees what an ended sequence held, and forgets its request once all its sequences ended.
 
         A step in flight may still contain the sequence. Its blocks can be given away all the same:
         whoever gets them is in a plan that runs after that step, and the stray write lands beyond the
-        sequence's last token, in a block nobody else reads before overwriting it.
+        sequence's last token, in a block nobody else reads before overwriting it; or it is part of what
+        the block can be found by, see ``BlockManager.publish``.
         """
-        self._release(seq)
+        self.blocks.release(seq)
+        self._release_slot(seq)
         group = seq.group
         if group.request_id not in self.groups or not group.finished:
             return
-        self._free_slots.extend(group.reserved_slots)
-        group.reserved_slots = []
+        self._release_reserved(group)
         del self.groups[group.request_id]
-        if group in self.running:
-            self.running.remove(group)
-        else:
+        if group in self.waiting:
             self.waiting.remove(group)
+            self.num_swapped -= group.swapped
+        else:
+            self.running.remove(group)
+        ends = {sibling.status for sibling in group.seqs}
+        if SequenceStatus.FINISHED_FAILED in ends:
+            self.ledger.failed += 1
+        elif SequenceStatus.FINISHED_ABORTED in ends:
+            self.ledger.aborted += 1
+        else:
+            self.ledger.finished += 1
 
     # ---------------------------------------------------------------- the plan
 
@@ -354,7 +405,9 @@ class Scheduler:
         step.arrange()
         forks: list[Fork] = []
         samples: list[tuple[int, Sequence]] = []
-        for row, (seq, _, _) in enumerate(step.rows):
+        for row, (seq, _, count) in enumerate(step.rows):
+            if count > 1:
+                self.blocks.publish(seq)
             if seq.num_computed < seq.num_known:
                 continue  # a chunk that leaves some of the prompt for later draws nothing
             seq.in_flight += 1
@@ -363,8 +416,9 @@ class Scheduler:
                 for child in self._expand(seq):
                     forks.append(describe_fork(child, seq))
                     samples.append((row, child))
-        plan = step.build(self._next_step_id, now, samples, self._unsent, forks)
-        self._unsent = []
+        swap_outs = [(here, there) for there, here in self._swap_outs.items()]
+        plan = step.build(self._next_step_id, now, samples, self._unsent, forks, swap_outs)
+        self._unsent, self._swap_outs = [], {}
         self._next_step_id += 1
         return plan
 
@@ -384,7 +438,3 @@ class Scheduler:
     def _new_seq_id(self) -> int:
         self._next_seq_id += 1
         return self._next_seq_id
-
-
-def _age(group: SequenceGroup) -> tuple[float, int]:
-    return group.arrival_time, group.seqs[0].seq_id

@@ -58,9 +58,14 @@ class Sequence:
     already issued have run. ``in_flight`` tokens were asked for in issued plans and exist or will exist
     on the worker, but their value is not known here yet. A sequence needs work exactly while
     ``num_known > num_computed``; computing the last known token yields the next one.
+
+    ``blocks`` is its block table, ``swapped_blocks`` its table in host memory while it is swapped out.
+    The first ``num_slid`` blocks have left the model's window, the first ``num_published`` can be found
+    by others; ``block_keys`` are the names of its first blocks there, as far as anybody asked.
     """
 
     __slots__ = (
+        "block_keys",
         "blocks",
         "cumulative_logprob",
         "group",
@@ -69,10 +74,13 @@ class Sequence:
         "max_known",
         "num_computed",
         "num_prompt_tokens",
+        "num_published",
+        "num_slid",
         "seq_id",
         "slot",
         "status",
         "stop_reason",
+        "swapped_blocks",
         "token_ids",
     )
 
@@ -85,6 +93,10 @@ class Sequence:
         self.num_computed = 0
         self.in_flight = 0
         self.blocks: list[int] = []
+        self.swapped_blocks: list[int] = []
+        self.block_keys: list[bytes] = []
+        self.num_published = 0
+        self.num_slid = 0
         self.slot = -1
         self.status = SequenceStatus.WAITING
         self.stop_reason: int | str | None = None
@@ -122,6 +134,9 @@ class Sequence:
         child.num_computed = self.num_computed
         child.in_flight = self.in_flight
         child.blocks = list(self.blocks)
+        child.block_keys = list(self.block_keys)
+        child.num_published = self.num_published
+        child.num_slid = self.num_slid
         child.status = self.status
         child.cumulative_logprob = self.cumulative_logprob
         return child
@@ -134,6 +149,13 @@ class SequenceGroup:
     eos_token_id: ends a sequence unless ``params.ignore_eos``; None when unknown.
     max_model_len: a sequence ends once it is longer than this.
     rng_base: the request's seed, or one drawn by the engine.
+    priority: requests with a lower one come first.
+    deadline: when the request is given up, on the clock ``Scheduler.schedule`` is told.
+    cache_salt: the prefix cache is shared only among requests with an equal one.
+    image_hash: stands for the image that the prompt's image tokens mean.
+    swapped: whether it waits with its keys and values in host memory.
+    num_cached_tokens: prompt tokens that were not computed because the prefix cache had them; None
+        before the request has started.
     """
 
     request_id: str
@@ -145,6 +167,10 @@ class SequenceGroup:
     rng_base: int
     eos_token_id: int | None = None
     lora_request: LoRARequest | None = None
+    priority: int = 0
+    deadline: float | None = None
+    cache_salt: str | None = None
+    image_hash: bytes | None = None
     seqs: list[Sequence] = field(default_factory=list)
     expanded: bool = False
     """Whether the ``best_of`` sequences exist yet."""
@@ -154,6 +180,8 @@ class SequenceGroup:
     first_token_time: float | None = None
     last_token_time: float | None = None
     num_preemptions: int = 0
+    swapped: bool = False
+    num_cached_tokens: int | None = None
     stop_ids: frozenset[int] = frozenset()
     max_known: int = 0
     width: int = 1

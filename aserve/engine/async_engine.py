@@ -27,6 +27,7 @@ from aserve.messages.inputs import (
     MultiModalData,
     OutputKind,
     PromptInputs,
+    RequestOptions,
     UsageContext,
 )
 from aserve.messages.outputs import RequestOutput
@@ -226,22 +227,25 @@ class AsyncLLMEngine:
         multi_modal_data: MultiModalData | None = None,
         kind: OutputKind = OutputKind.DELTA,
         arrival_time: float | None = None,
+        options: RequestOptions | None = None,
     ) -> OutputStream:
         """Validates, tokenises and queues a request; returns its stream.
 
-        Raises InvalidRequestError for bad input, EngineBusyError while draining, EngineDeadError when
-        the engine has ended, KeyError for an id already in use. The caller must read or close the stream.
+        Raises InvalidRequestError for bad input, QueueFullError when too many requests wait,
+        EngineBusyError while draining, EngineDeadError when the engine has ended, KeyError for an id
+        already in use. The caller must read or close the stream.
         """
         arrival_time = time.time() if arrival_time is None else arrival_time
         engine = await self._serving()
         params = engine.input.check_params(params)
+        engine.check_room(self._tokenizing)
         text, ids = engine.input.split(inputs, prompt_token_ids)
         if ids is None:
             ids = await self._encode(engine, text or "", True)
             self._check_open()  # draining may have begun, or the engine died, meanwhile
         request_id = request_id or uuid.uuid4().hex
         group = engine.input.make_group(
-            request_id, text, ids, params, arrival_time, lora_request, multi_modal_data
+            request_id, text, ids, params, arrival_time, lora_request, multi_modal_data, options
         )
         mailbox = Mailbox(kind)
         self._request_log.accepted(

@@ -9,7 +9,13 @@ from typing import Any
 from aserve.config.engine import EngineConfig
 from aserve.core.sequence import SequenceGroup
 from aserve.errors import InvalidRequestError
-from aserve.messages.inputs import LoRARequest, MultiModalData, PoolingParams, PromptInputs
+from aserve.messages.inputs import (
+    LoRARequest,
+    MultiModalData,
+    PoolingParams,
+    PromptInputs,
+    RequestOptions,
+)
 from aserve.messages.params import SamplingParams
 
 _MASK64 = (1 << 64) - 1
@@ -110,6 +116,7 @@ class InputProcessor:
         arrival_time: float,
         lora_request: LoRARequest | None = None,
         multi_modal_data: MultiModalData | None = None,
+        options: RequestOptions | None = None,
     ) -> SequenceGroup:
         """A request ready to be queued; ``params`` has passed ``check_params`` and is not modified."""
         if lora_request is not None:
@@ -136,6 +143,7 @@ class InputProcessor:
             rng_base = self._rng.getrandbits(64)
         else:
             rng_base = params.seed & _MASK64
+        options = options or RequestOptions()
         return SequenceGroup(
             request_id=request_id,
             prompt=text,
@@ -146,4 +154,7 @@ class InputProcessor:
             rng_base=rng_base,
             eos_token_id=self.eos_token_id,
             lora_request=lora_request,
+            priority=options.priority,
+            deadline=None if options.timeout is None else arrival_time + options.timeout,
+            cache_salt=options.cache_salt,
         )

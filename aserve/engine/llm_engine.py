@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 from aserve import registry
@@ -26,13 +27,14 @@ from aserve.engine.input import InputProcessor
 from aserve.engine.output import OutputProcessor, Sink
 from aserve.engine.stats import EngineStats
 from aserve.engine.stream import Mailbox
-from aserve.errors import AserveError
+from aserve.errors import AserveError, QueueFullError, RequestTimeoutError
 from aserve.executor.base import ExecutorBase
 from aserve.messages.inputs import (
     LoRARequest,
     MultiModalData,
     OutputKind,
     PromptInputs,
+    RequestOptions,
     UsageContext,
 )
 from aserve.messages.outputs import RequestOutput
@@ -41,6 +43,9 @@ from aserve.messages.step import StepPlan, StepResult
 from aserve.tokenizer.loader import load_generation_eos, load_tokenizer
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_RETRY = 60.0
+"""Most seconds a refused client is told to wait."""
 
 
 class LLMEngine:
@@ -114,6 +119,13 @@ class LLMEngine:
                 max_num_seqs=self.capacity.num_slots,
                 chunked_prefill=scheduler_config.enable_chunked_prefill,
                 delay_factor=scheduler_config.delay_factor,
+                prefix_caching=cache_config.enable_prefix_caching,
+                window=model_config.uniform_window,
+                num_swap_blocks=self.capacity.num_cpu_blocks,
+                preemption_mode=scheduler_config.preemption_mode,
+                num_lookahead_slots=scheduler_config.num_lookahead_slots,
+                max_waiting_requests=scheduler_config.max_waiting_requests,
+                max_waiting_tokens=scheduler_config.max_waiting_tokens,
             )
         )
         self.output = OutputProcessor(self.core, tokenizer, self.stats)
@@ -173,13 +185,16 @@ class LLMEngine:
         arrival_time: float | None = None,
         lora_request: LoRARequest | None = None,
         multi_modal_data: MultiModalData | None = None,
+        options: RequestOptions | None = None,
     ) -> None:
         """Queues a request; its outputs come from ``step``.
 
-        Raises InvalidRequestError (a ValueError) for bad input and KeyError for an id already in use.
+        Raises InvalidRequestError (a ValueError) for bad input, KeyError for an id already in use and
+        QueueFullError when too many requests wait.
         A prompt longer than the model allows is no error: it ends at once with finish_reason "length".
         """
         params = self.input.check_params(params)
+        self.check_room()
         text, ids = self.input.split(inputs, prompt_token_ids)
         if ids is None:
             ids = self.input.encode(text or "")
@@ -191,14 +206,36 @@ class LLMEngine:
             time.time() if arrival_time is None else arrival_time,
             lora_request,
             multi_modal_data,
+            options,
         )
         self.queue(group, OutputKind.CUMULATIVE, self._ready_outputs.append)
+
+    def check_room(self, num_coming: int = 0) -> None:
+        """Raises QueueFullError if too many requests wait already, before any work is done on another.
+
+        num_coming: requests that were let in and are not queued yet.
+        """
+        with self._counting_refusals():
+            self.core.check_room(num_coming=num_coming)
+
+    @contextlib.contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except QueueFullError as error:
+            self.stats.on_rejected("queue_full")
+            head = self.core.waiting.head
+            if head is not None:
+                # How long the first in the queue has waited is about how long a newcomer would.
+                error.retry_after = min(max(1.0, time.time() - head.arrival_time), _LONGEST_RETRY)
+            raise
 
     def queue(
         self, group: SequenceGroup, kind: OutputKind, sink: Sink, mailbox: Mailbox | None = None
     ) -> None:
         """Hands a request to the scheduler; ``sink`` is called with each of its outputs."""
-        accepted = self.core.add(group)
+        with self._counting_refusals():
+            accepted = self.core.add(group)
         self.output.add(group, kind, sink, mailbox)
         if not accepted:
             self.output.end_without_tokens(group.seqs[0])
@@ -230,9 +267,21 @@ class LLMEngine:
     def schedule(self) -> StepPlan | None:
         """Decides the next step, and tells callers about requests that ended without one."""
         plan = self.core.schedule(time.time())
+        for group in self.core.take_expired():
+            self._expire(group)
         for seq in self.core.take_capped():
             self.output.end_without_tokens(seq)
         return plan
+
+    def _expire(self, group: SequenceGroup) -> None:
+        """Tells the caller of a request, and the books, that its time was up."""
+        error = RequestTimeoutError("the request was not completed within its timeout", param="timeout")
+        state = self.output.states.get(group.request_id)
+        if state is not None and state.mailbox is None:
+            self.output.end_without_tokens(group.seqs[0])  # nobody to raise it at: finish_reason says it
+        self.output.fail(group.request_id, error)
+        self.stats.on_aborted("timeout")
+        self.output.request_log.aborted(group.request_id, cause="timeout")
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Applies a finished step and hands its outputs out."""
@@ -245,9 +294,11 @@ class LLMEngine:
         self.stats.on_step(
             now=now,
             **_load_of(core),
-            prompt_tokens=sum(plan.counts[: plan.num_prefill_rows]),
+            prompt_tokens=changes.prompt_tokens,
             generation_tokens=len(changes.tokens),
             preemptions=preemptions,
+            prefix_queries=core.prefix_counts.queries,
+            prefix_hits=core.prefix_counts.hits,
         )
 
     def step(self) -> list[RequestOutput]:
@@ -310,8 +361,8 @@ class LLMEngine:
 def _load_of(core: Scheduler) -> dict[str, Any]:
     return {
         "running": len(core.running),
-        "waiting": len(core.waiting),
-        "swapped": 0,
+        "waiting": len(core.waiting) - core.num_swapped,
+        "swapped": core.num_swapped,
         "gpu_cache_usage": core.blocks.pool.usage,
-        "cpu_cache_usage": 0.0,
+        "cpu_cache_usage": core.blocks.swap_pool.usage,
     }

@@ -59,8 +59,14 @@ class EngineStats:
         self._preemptions = metrics.counter(
             "vllm:num_preemptions_total", "Sequences put back for want of KV blocks."
         )
-        self._prompt_tokens = metrics.counter("vllm:prompt_tokens_total", "Prompt tokens computed.")
+        self._prompt_tokens = metrics.counter("vllm:prompt_tokens_total", "Prompt tokens processed.")
         self._generation_tokens = metrics.counter("vllm:generation_tokens_total", "Tokens generated.")
+        self._prefix_queries = metrics.counter(
+            "vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."
+        )
+        self._prefix_hits = metrics.counter(
+            "vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache."
+        )
         self._ttft = metrics.histogram(
             "vllm:time_to_first_token_seconds", "From arrival to the first token.", TTFT_BOUNDS
         )
@@ -149,8 +155,13 @@ class EngineStats:
         prompt_tokens: int,
         generation_tokens: int,
         preemptions: int,
+        prefix_queries: int = 0,
+        prefix_hits: int = 0,
     ) -> None:
-        """After a step: the load it left, and what it alone computed and preempted."""
+        """After a step: the load it left, and what it alone computed and preempted.
+
+        prefix_queries, prefix_hits: prompt tokens looked up and found since the engine started.
+        """
         if not self.enabled:
             return
         self.set_load(
@@ -163,6 +174,8 @@ class EngineStats:
         self._prompt_tokens.value += prompt_tokens
         self._generation_tokens.value += generation_tokens
         self._preemptions.value += preemptions
+        self._prefix_queries.value = prefix_queries
+        self._prefix_hits.value = prefix_hits
         self.maybe_log(now)
 
     def on_first_token(self, seconds: float) -> None:
@@ -170,10 +183,10 @@ class EngineStats:
         if self.enabled:
             self._ttft.observe(seconds)
 
-    def on_output_token(self, seconds: float) -> None:
-        """A request got a token ``seconds`` after the one before; once per request and step."""
+    def on_output_token(self, seconds: float, requests: int = 1) -> None:
+        """That many requests got a token ``seconds`` after the one before; once per request and step."""
         if self.enabled:
-            self._tpot.observe(seconds)
+            self._tpot.observe(seconds, requests)
 
     def on_finished(
         self,

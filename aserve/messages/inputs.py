@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from typing import Any, TypedDict
+
+from aserve.errors import InvalidRequestError
 
 
 class TextPrompt(TypedDict):
@@ -41,6 +44,35 @@ class LoRARequest:
 
     def __hash__(self) -> int:
         return hash(self.lora_int_id)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """How a request is served, as opposed to what it generates.
+
+    priority: requests with a lower one run first, those with equal ones by arrival; when the KV cache
+        is full the highest gives way.
+    timeout: seconds from its arrival after which the request is given up (RequestTimeoutError).
+    cache_salt: computed prompts are shared only among requests with an equal salt.
+
+    Raises InvalidRequestError (a ValueError) naming the field in ``param``.
+    """
+
+    priority: int = 0
+    timeout: float | None = None
+    cache_salt: str | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.priority) is not int or not -(1 << 31) <= self.priority < 1 << 31:
+            raise InvalidRequestError("priority must be a 32-bit integer", param="priority")
+        if self.timeout is not None and (
+            isinstance(self.timeout, bool)
+            or not isinstance(self.timeout, (int, float))
+            or not 0 < self.timeout < math.inf
+        ):
+            raise InvalidRequestError("timeout must be seconds above 0", param="timeout")
+        if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and self.cache_salt):
+            raise InvalidRequestError("cache_salt must be a non-empty string", param="cache_salt")
 
 
 @dataclass

@@ -63,7 +63,10 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """State of one request after a step; a snapshot that never changes afterwards."""
+    """State of one request after a step; a snapshot that never changes afterwards.
+
+    num_cached_tokens: prompt tokens that the prefix cache had; None before the request has started.
+    """
 
     request_id: str
     prompt: str | None
@@ -73,6 +76,7 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics | None = None
     lora_request: LoRARequest | None = None
+    num_cached_tokens: int | None = None
 
 
 @dataclass

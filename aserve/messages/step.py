@@ -57,8 +57,9 @@ class Fork:
 class StepPlan:
     """One iteration.
 
-    Applied in this order: ``new``, ``forks``, ``new_blocks``, ``replaced_blocks``, ``block_copies``,
-    then the forward pass over the rows, then sampling.
+    Applied in this order: ``new``, ``forks``, ``new_blocks``, ``replaced_blocks``, ``swap_outs``,
+    ``swap_ins``, ``block_copies``, then the forward pass over the rows, then sampling. Copies may depend
+    on those before them in this order; within one list only ``block_copies`` are done one by one.
 
     slots / starts / counts: row ``i`` computes tokens ``starts[i] : starts[i] + counts[i]`` of the
         sequence in ``slots[i]``. Rows that prefill come before rows that decode.
@@ -67,6 +68,8 @@ class StepPlan:
         row several times with different slots.
     new_blocks: ``(slot, block ids)`` appended to that slot's table.
     replaced_blocks: ``(slot, index, block id)``: a shared block was split (copy-on-write).
+    swap_outs: ``(block, swap block)``: contents to move to host memory; no swap block twice.
+    swap_ins: ``(swap block, block)``: contents to move back.
     block_copies: ``(source, destination)`` block ids, copied before the forward pass.
     """
 
@@ -79,6 +82,8 @@ class StepPlan:
     forks: list[Fork] = field(default_factory=list)
     new_blocks: list[tuple[int, list[int]]] = field(default_factory=list)
     replaced_blocks: list[tuple[int, int, int]] = field(default_factory=list)
+    swap_outs: list[tuple[int, int]] = field(default_factory=list)
+    swap_ins: list[tuple[int, int]] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     num_prefill_rows: int = 0
     ticket: Any = None

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 
 from aserve.attention.base import KVCache
+from aserve.config.cache import DEFAULT_SWAP_BYTES
 from aserve.config.engine import EngineConfig
+from aserve.config.memory import available_memory_bytes
 from aserve.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 _ALIGNMENT = 64
+_GIB = 1 << 30
 
 
 def bytes_per_block(shapes: list[tuple[int, int]], block_size: int, dtype: torch.dtype) -> int:
@@ -25,12 +32,9 @@ def count_blocks(config: EngineConfig, block_bytes: int, device: torch.device) -
         granted = int(total * cache.gpu_memory_utilization) - (total - free)
         advice = "raise --gpu-memory-utilization"
     else:
-        granted = cache.cpu_kvcache_bytes
+        granted = _cpu_bytes(config)
         advice = "raise ASERVE_CPU_KVCACHE_SPACE (GiB)"
-    num_blocks = max(0, granted // block_bytes)
-    # More than this could never be in use at once.
-    useful = config.scheduler.max_num_seqs * -(-(max_model_len + 1) // cache.block_size)
-    num_blocks = min(num_blocks, useful)
+    num_blocks = min(max(0, granted // block_bytes), _useful_blocks(config))
     if cache.num_gpu_blocks_override is not None:
         num_blocks = cache.num_gpu_blocks_override
         advice = "raise --num-gpu-blocks-override"
@@ -44,19 +48,74 @@ def count_blocks(config: EngineConfig, block_bytes: int, device: torch.device) -
     return num_blocks
 
 
+def _useful_blocks(config: EngineConfig) -> int:
+    """More could never be in use at once."""
+    scheduler = config.scheduler
+    longest = config.model.max_model_len + 1 + scheduler.num_lookahead_slots
+    return scheduler.max_num_seqs * -(-longest // config.cache.block_size)
+
+
+def _cpu_bytes(config: EngineConfig) -> int:
+    """What the environment asks for, else half of the memory available now the weights are loaded."""
+    if config.cache.cpu_kvcache_bytes is not None:
+        return config.cache.cpu_kvcache_bytes
+    available = available_memory_bytes()
+    logger.info(
+        "the KV cache may take half of the %.1f GiB of memory available to this process; set "
+        "ASERVE_CPU_KVCACHE_SPACE (GiB) for another size",
+        available / _GIB,
+    )
+    return available // 2
+
+
+def count_swap_blocks(config: EngineConfig, block_bytes: int) -> int:
+    """Blocks of host memory for preempted requests; 0 if preemption never swaps."""
+    if config.scheduler.preemption_mode == "recompute":
+        return 0
+    granted = config.cache.swap_space_bytes
+    if granted == DEFAULT_SWAP_BYTES:
+        granted = min(granted, available_memory_bytes() // 4)
+    return min(granted // block_bytes, _useful_blocks(config))
+
+
+def move_blocks(sources: list[KVCache], destinations: list[KVCache], pairs: list[tuple[int, int]]) -> None:
+    """Copies whole blocks, ``(source, destination)``, between two caches of all layers.
+
+    The caches may be on different devices; no destination may be named twice.
+    """
+    here = torch.tensor([source for source, _ in pairs])
+    there = torch.tensor([destination for _, destination in pairs])
+    for old, new in zip(sources, destinations, strict=True):
+        for side, target in zip(old, new, strict=True):
+            blocks = side[here.to(side.device)]
+            target.index_copy_(0, there.to(target.device), blocks.to(target.device))
+
+
 def allocate(
     num_blocks: int,
     shapes: list[tuple[int, int]],
     block_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    pinned: bool = False,
 ) -> list[KVCache]:
-    """Zeroed keys and values per layer, ``[num_blocks, num_kv_heads, block_size, head_size]``."""
+    """Zeroed keys and values per layer, ``[num_blocks, num_kv_heads, block_size, head_size]``.
+
+    pinned: host memory that a CUDA device can read and write by itself.
+    """
     caches = []
     for heads, size in shapes:
         shape = (num_blocks, heads, block_size, size)
-        caches.append((_zeros(shape, dtype, device), _zeros(shape, dtype, device)))
+        if pinned:
+            caches.append((_pinned(shape, dtype), _pinned(shape, dtype)))
+        else:
+            caches.append((_zeros(shape, dtype, device), _zeros(shape, dtype, device)))
     return caches
+
+
+def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -62,6 +62,15 @@ class Worker:
         block_bytes = kv_cache.bytes_per_block(shapes, block_size, self.dtype)
         num_blocks = kv_cache.count_blocks(config, block_bytes, self.device)
         self.caches = kv_cache.allocate(num_blocks, shapes, block_size, self.dtype, self.device)
+        num_swap_blocks = kv_cache.count_swap_blocks(config, block_bytes)
+        self.swap_space = kv_cache.allocate(
+            num_swap_blocks,
+            shapes,
+            block_size,
+            self.dtype,
+            torch.device("cpu"),
+            pinned=self.device.type == "cuda" and num_swap_blocks > 0,
+        )
         num_slots = config.scheduler.max_num_seqs
         self.batch = BatchState(num_slots, config.model.max_model_len, block_size, self.device)
         self.sampler = SamplerState(num_slots, config.model.vocab_size, self.device)
@@ -71,7 +80,7 @@ class Worker:
         clock.lap("warm-up")
         return CacheCapacity(
             num_gpu_blocks=num_blocks,
-            num_cpu_blocks=0,
+            num_cpu_blocks=num_swap_blocks,
             num_slots=num_slots,
             phases=phases,
             description={
@@ -99,6 +108,10 @@ class Worker:
             )
         for fork in plan.forks:
             self.sampler.fork(fork.slot, fork.parent_slot, fork.rng_seed)
+        if plan.swap_outs:
+            kv_cache.move_blocks(self.caches, self.swap_space, plan.swap_outs)
+        if plan.swap_ins:
+            kv_cache.move_blocks(self.swap_space, self.caches, plan.swap_ins)
         if plan.block_copies:
             ops.copy_blocks(self.caches, plan.block_copies)
         inputs = self.batch.inputs(plan)

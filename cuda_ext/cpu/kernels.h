@@ -116,16 +116,19 @@ struct RowsArgs {
 };
 
 struct CopyArgs {
-  void* cache;            // [num_blocks, ...], each block one stretch of memory
-  const int64_t* pairs;   // [count, 2]: source and destination block, copied in this order
-  int64_t count, num_blocks;
-  int64_t block_stride, block_bytes;  // bytes
+  const void* source;    // [source_blocks, ...], each block one stretch of memory
+  void* target;          // likewise; may be source
+  const int64_t* pairs;  // [count, 2]: source and target block, copied in this order
+  int64_t count, source_blocks, target_blocks;
+  int64_t source_stride, target_stride, block_bytes;  // bytes
 };
 
 // What a kernel found wrong with values that only it reads.
 enum class Status : int { ok = 0, bad_block = 1, bad_slot = 2, bad_position = 3, no_memory = 4, bad_row = 5 };
 
 enum class Activation : int { silu = 0, gelu_tanh = 1, gelu_erf = 2 };
+
+struct DecoderArgs;  // decoder.h
 
 struct Kernels {
   const char* isa;
@@ -138,6 +141,7 @@ struct Kernels {
   LinearKernels linear;
   Status (*packed_linear)(const LinearArgs&, const Threads&);
   Status (*packed_rows)(const RowsArgs&, const Threads&);
+  Status (*decoder)(const DecoderArgs&, int threads);
 };
 
 const Kernels* avx2_kernels();

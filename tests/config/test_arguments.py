@@ -38,6 +38,7 @@ ENGINE: list[tuple[str, Any, Any]] = [
     ("enable_prefix_caching", bool, False),
     ("use_v2_block_manager", bool, False),
     ("swap_space", INT, 4),
+    ("preemption_mode", MAYBE_STR, None),
     ("gpu_memory_utilization", float, 0.90),
     ("max_num_batched_tokens", MAYBE_INT, None),
     ("max_num_seqs", INT, 256),
@@ -81,6 +82,8 @@ ENGINE: list[tuple[str, Any, Any]] = [
     ("speculative_disable_by_batch_size", MAYBE_INT, None),
     ("ngram_prompt_lookup_max", MAYBE_INT, None),
     ("ngram_prompt_lookup_min", MAYBE_INT, None),
+    ("max_waiting_requests", MAYBE_INT, None),
+    ("max_waiting_tokens", MAYBE_INT, None),
     ("overlap", INT, 1),
 ]
 ASYNC: list[tuple[str, Any, Any]] = [
@@ -123,6 +126,7 @@ CHOICES: dict[str, list[Any]] = {
     "--lora-dtype": ["auto", "float16", "bfloat16", "float32"],
     "--block-size": [8, 16, 32],
     "--image-input-type": ["pixel_values", "image_features", None],
+    "--preemption-mode": ["recompute", "swap", None],
     "--overlap": [0, 1],
 }  # fmt: skip
 OTHER_SPELLINGS = {

@@ -45,12 +45,9 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("kv_cache_dtype", {"kv_cache_dtype": "fp8"}),
     ("kv_cache_dtype", {"kv_cache_dtype": "fp8_e4m3"}),
     ("quantization_param_path", {"quantization_param_path": "scales.json"}),
-    ("enable_prefix_caching", {"enable_prefix_caching": True}),
-    ("num_lookahead_slots", {"num_lookahead_slots": 1}),
     ("tokenizer_pool_size", {"tokenizer_pool_size": 2}),
     ("load_format", {"load_format": "npcache"}),
     ("load_format", {"load_format": "tensorizer", "model_loader_extra_config": '{"tensorizer_uri": "x"}'}),
-    ("swap_space", {"swap_space": 1}),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from aserve.args import EngineArgs
 from aserve.config import cache as cache_module
 from aserve.config.device import DeviceConfig, resolve_device_config
+from aserve.config.hf import uniform_window
 from aserve.config.lora import resolve_lora_config
 from aserve.config.parallel import resolve_parallel_config
 from aserve.config.scheduler import resolve_scheduler_config
@@ -17,6 +19,7 @@ from aserve.config.speculative import resolve_speculative_config
 from aserve.config.tokenizer_pool import resolve_tokenizer_pool_config
 from aserve.config.vision import VisionLanguageConfig, resolve_vision_config
 from aserve.errors import ConfigError, UnsupportedError
+from aserve.model.base import layer_window
 from tests.config.conftest import MakeModel, Resolve
 
 CPU = DeviceConfig("cpu")
@@ -65,7 +68,6 @@ BAD_VALUES: list[tuple[str, dict[str, Any]]] = [
     ("num_gpu_blocks_override", {"num_gpu_blocks_override": 127}),
     ("swap_space", {"swap_space": -1}),
     ("swap_space", {"swap_space": 1 << 30}),
-    ("enable_prefix_caching", {"enable_prefix_caching": True, "enable_chunked_prefill": True}),
     ("tensor_parallel_size", {"tensor_parallel_size": 0}),
     ("tensor_parallel_size", {"tensor_parallel_size": 3}),
     ("pipeline_parallel_size", {"pipeline_parallel_size": 0}),
@@ -82,6 +84,10 @@ BAD_VALUES: list[tuple[str, dict[str, Any]]] = [
     ("scheduler_delay_factor", {"scheduler_delay_factor": float("nan")}),
     ("num_lookahead_slots", {"num_lookahead_slots": -1}),
     ("overlap", {"overlap": 2}),
+    ("preemption_mode", {"preemption_mode": "drop"}),
+    ("preemption_mode", {"preemption_mode": "swap", "swap_space": 0}),
+    ("max_waiting_requests", {"max_waiting_requests": 0}),
+    ("max_waiting_tokens", {"max_waiting_tokens": 0}),
     ("tokenizer_pool_size", {"tokenizer_pool_size": -1}),
     ("tokenizer_pool_type", {**POOL, "tokenizer_pool_type": "fork"}),
     ("tokenizer_pool_extra_config", {**POOL, "tokenizer_pool_extra_config": "3"}),
@@ -125,7 +131,7 @@ def test_defaults_resolve(resolve: Resolve) -> None:
     assert (config.scheduler.max_num_seqs, config.scheduler.overlap) == (256, 1)
     assert config.parallel.executor == "uni" and config.parallel.world_size == 1
     assert config.cache.swap_space_bytes == 4 << 30
-    assert config.cache.cpu_kvcache_bytes == 4 << 30
+    assert config.cache.cpu_kvcache_bytes is None
     assert config.load.load_format == "auto" and config.load.extra_config == {}
     optional = (config.lora, config.vision_language, config.speculative, config.tokenizer_pool)
     assert optional == (None,) * 4
@@ -160,21 +166,21 @@ def test_absent_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("ours", "other", "expected"),
     [
-        (None, None, 4.0),
-        ("0", None, 4.0),
+        (None, None, None),
+        ("0", None, None),
         ("", "2", 2.0),
         ("1.5", "2", 1.5),
-        ("0", "2", 4.0),
+        ("0", "2", None),
     ],
 )
 def test_cpu_cache_size(
-    ours: str | None, other: str | None, expected: float, monkeypatch: pytest.MonkeyPatch
+    ours: str | None, other: str | None, expected: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in zip(cache_module.CPU_KVCACHE_VARIABLES, (ours, other), strict=True):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
-    assert cache_module.cpu_kvcache_bytes() == int(expected * 2**30)
+    assert cache_module.cpu_kvcache_bytes() == (None if expected is None else int(expected * 2**30))
 
 
 @pytest.mark.parametrize("text", ["-1", "lots", "nan", "inf"])
@@ -190,11 +196,11 @@ def test_cpu_cache_size_that_makes_no_sense(
 def test_swap_space_against_host_memory(
     resolve: Resolve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cache_module, "host_memory_bytes", lambda: 10 << 30)
+    monkeypatch.setattr(cache_module, "total_memory_bytes", lambda: 10 << 30)
     with pytest.raises(ConfigError, match=r"8\.0 GiB of swap space is more than 70%"):
         resolve(swap_space=8)
-    with caplog.at_level(logging.WARNING, "aserve"), pytest.raises(UnsupportedError, match="swap_space"):
-        resolve(swap_space=5)
+    with caplog.at_level(logging.WARNING, "aserve"):
+        assert resolve(swap_space=5).cache.swap_space_bytes == 5 << 30
     assert "swap space takes 5.0 GiB" in caplog.text
     with pytest.raises(ConfigError, match=r"10\.0 GiB of swap space"):
         resolve(swap_space=5, tensor_parallel_size=2)
@@ -203,7 +209,7 @@ def test_swap_space_against_host_memory(
 def test_default_swap_space_never_refuses_a_small_machine(
     resolve: Resolve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module, "host_memory_bytes", lambda: 2 << 30)
+    monkeypatch.setattr(cache_module, "total_memory_bytes", lambda: 2 << 30)
     assert resolve().cache.swap_space_bytes == 4 << 30
     assert resolve(swap_space=0).cache.swap_space_bytes == 0
 
@@ -227,6 +233,37 @@ def test_prefix_caching_with_sliding_windows(resolve: Resolve) -> None:
         resolve(config=window, enable_prefix_caching=True)
     assert caught.value.param == "enable_prefix_caching"
     assert resolve(config=window, enable_chunked_prefill=True).scheduler.enable_chunked_prefill
+    # Where some layers see everything, all blocks are kept anyway.
+    mixed = {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "sliding_window": 64,
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    assert resolve(config=mixed, enable_prefix_caching=True).cache.enable_prefix_caching
+    assert resolve(config=mixed).model.sliding_window == 64
+    assert resolve(config=mixed).model.uniform_window is None
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, None),
+        ({"sliding_window": 64}, 64),
+        ({"sliding_window": 64, "use_sliding_window": False}, None),
+        ({"sliding_window": 64, "max_window_layers": 1}, None),
+        ({"sliding_window": 64, "max_window_layers": 0}, 64),
+        ({"sliding_window": 64, "layer_types": ["sliding_attention"] * 2}, 64),
+        ({"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}, None),
+    ],
+)
+def test_a_window_is_uniform_if_every_layer_of_the_model_has_it(
+    config: dict[str, Any], expected: int | None
+) -> None:
+    windows = {layer_window(SimpleNamespace(**config), layer) for layer in range(2)}
+    assert uniform_window(SimpleNamespace(**config)) == expected
+    assert (windows == {expected}) if expected else (len(windows) > 1 or windows == {None})
 
 
 # --- scheduler

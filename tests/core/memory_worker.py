@@ -24,9 +24,20 @@ def draw(prefix: int, rng_seed: int) -> int:
 
 
 class MemoryWorker:
-    def __init__(self, num_blocks: int, block_size: int, num_slots: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_slots: int,
+        num_swap_blocks: int = 0,
+        window: int | None = None,
+        lookahead: int = 0,
+    ) -> None:
         self.block_size = block_size
+        self.window = window
+        self.lookahead = lookahead
         self.cells: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.swapped: list[list[int | None]] = [[None] * block_size for _ in range(num_swap_blocks)]
         self.tokens: list[list[int]] = [[] for _ in range(num_slots)]
         self.tables: list[list[int]] = [[] for _ in range(num_slots)]
         self.seeds = [0] * num_slots
@@ -52,13 +63,19 @@ class MemoryWorker:
             self.tables[slot].extend(blocks)
         for slot, index, block in plan.replaced_blocks:
             self.tables[slot][index] = block
+        if len({there for _, there in plan.swap_outs}) < len(plan.swap_outs):
+            raise AssertionError("two blocks are to be moved to one swap block")
+        for here, there in plan.swap_outs:
+            self.swapped[there] = list(self.cells[here])
+        for there, here in plan.swap_ins:
+            self.cells[here] = list(self.swapped[there])
         for source, destination in plan.block_copies:
             self.cells[destination] = list(self.cells[source])
         # All rows write before any row reads, as in a forward pass.
         for slot, start, count in zip(plan.slots, plan.starts, plan.counts, strict=True):
             self._write(slot, start, count)
         prefixes = [
-            self._read(slot, start + count)
+            self._read(slot, start, start + count)
             for slot, start, count in zip(plan.slots, plan.starts, plan.counts, strict=True)
         ]
         prompt_logprobs = {}
@@ -76,12 +93,19 @@ class MemoryWorker:
         for row, slot in plan.samples:
             token = draw(prefixes[row], self.seeds[slot])
             self.tokens[slot] = [*self.tokens[slot][: plan.starts[row] + plan.counts[row]], token]
+            self._scribble(slot, plan.starts[row] + plan.counts[row])
             drawn.append(token)
         return StepResult(plan.step_id, drawn, [-1.0] * len(drawn), prompt_logprobs=prompt_logprobs or None)
 
     def _cell(self, slot: int, position: int) -> tuple[list[int | None], int]:
         index, offset = divmod(position, self.block_size)
         return self.cells[self.tables[slot][index]], offset
+
+    def _scribble(self, slot: int, end: int) -> None:
+        """What a speculative step would do to the slots reserved behind the last token."""
+        for position in range(end, min(end + self.lookahead, len(self.tables[slot]) * self.block_size)):
+            block, offset = self._cell(slot, position)
+            block[offset] = None
 
     def _write(self, slot: int, start: int, count: int) -> None:
         tokens = self.tokens[slot]
@@ -94,10 +118,12 @@ class MemoryWorker:
                 block, offset = self._cell(slot, position)
                 block[offset] = running
 
-    def _read(self, slot: int, end: int) -> int:
+    def _read(self, slot: int, start: int, end: int) -> int:
         running = 0
         for position, token in enumerate(self.tokens[slot][:end]):
             running = prefix_hash(running, token)
+            if self.window is not None and position <= start - self.window:
+                continue
             block, offset = self._cell(slot, position)
             if block[offset] != running:
                 raise AssertionError(f"slot {slot} reads foreign data at position {position}")

@@ -6,67 +6,8 @@ import pytest
 
 from aserve.core.block_manager import BlockManager, Growth
 from aserve.core.block_pool import BlockPool
-from aserve.core.scheduler import Scheduler, SchedulerLimits
-from aserve.core.sequence import SequenceGroup, SequenceStatus
-from aserve.messages.params import SamplingParams
-from tests.core.memory_worker import MemoryWorker
-
-
-class Driver:
-    """A scheduler and a worker, stepped together."""
-
-    def __init__(self, *, overlap: int = 0, **limits) -> None:
-        defaults = {
-            "num_blocks": 64,
-            "block_size": 4,
-            "max_num_batched_tokens": 64,
-            "max_num_seqs": 8,
-        }
-        self.limits = SchedulerLimits(**{**defaults, **limits})
-        self.scheduler = Scheduler(self.limits)
-        self.worker = MemoryWorker(self.limits.num_blocks, self.limits.block_size, self.limits.max_num_seqs)
-        self.overlap = overlap
-        self.issued = []
-        self.now = 0.0
-
-    def add(self, name, length, *, arrival=None, max_model_len=200, **params) -> SequenceGroup:
-        self.now += 1.0
-        options = {"max_tokens": 10, "temperature": 1.0, **params}
-        group = SequenceGroup(
-            name,
-            None,
-            [len(name) + i % 60 for i in range(length)],
-            SamplingParams(**options),
-            self.now if arrival is None else arrival,
-            max_model_len,
-            rng_base=len(name),
-        )
-        self.accepted = self.scheduler.add(group)
-        return group
-
-    def step(self, duration=1.0):
-        """Schedules, and commits what is due; returns the plan's rows as {request: count}."""
-        plan = self.scheduler.schedule(self.now)
-        rows = None
-        if plan is not None:
-            rows = [
-                (seq.group.request_id, count)
-                for seq, count in zip(plan.ticket.rows, plan.counts, strict=True)
-            ]
-            self.issued.append((plan, self.worker.run(plan)))
-        self.now += duration
-        while len(self.issued) > self.overlap or (plan is None and self.issued):
-            self.scheduler.commit(*self.issued.pop(0), self.now)
-        self.scheduler.verify()
-        return rows
-
-    def run(self, steps=2000):
-        for _ in range(steps):
-            self.step()
-            if not self.scheduler.groups and not self.issued:
-                return
-        raise AssertionError("it never ended")
-
+from aserve.core.sequence import SequenceStatus
+from tests.core.driver import Driver
 
 # ------------------------------------------------------------------ prompts first
 

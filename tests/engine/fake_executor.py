@@ -28,23 +28,28 @@ class FakeExecutor(ExecutorBase):
         config: EngineConfig,
         *,
         num_blocks: int = 64,
+        num_swap_blocks: int = 0,
         step_time: float = 0.0,
         before_step: Callable[[StepPlan], StepResult | None] = lambda plan: None,
     ) -> None:
         super().__init__(config)
-        self.num_blocks = num_blocks
+        self.num_blocks, self.num_swap_blocks = num_blocks, num_swap_blocks
         self.step_time = step_time
         self.before_step = before_step
         self.plans = 0
         self.closed = False
-        self._worker = MemoryWorker(num_blocks, config.cache.block_size, config.scheduler.max_num_seqs)
+        self._worker = MemoryWorker(
+            num_blocks, config.cache.block_size, config.scheduler.max_num_seqs, num_swap_blocks
+        )
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def start(self) -> Future[CacheCapacity]:
         future: Future[CacheCapacity] = Future()
-        future.set_result(CacheCapacity(self.num_blocks, 0, self.config.scheduler.max_num_seqs))
+        future.set_result(
+            CacheCapacity(self.num_blocks, self.num_swap_blocks, self.config.scheduler.max_num_seqs)
+        )
         return future
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
