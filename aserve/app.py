@@ -28,6 +28,7 @@ from aserve.errors import ConfigError
 from aserve.server import pipelining
 from aserve.server.app import create_app
 from aserve.server.cli import announce, calm_threads
+from aserve.server.process import loop_nice, settle, yield_to_compute
 
 ARGS_VARIABLE = "ASERVE_ARGS"
 
@@ -82,7 +83,13 @@ def make_app() -> object:
     announce(server_args, engine_args)
     calm_threads()
     warn_of_hypercorns(server_args)
-    return create_app(engine_args, server_args)
+    nice = loop_nice()
+
+    def on_loaded() -> None:
+        settle()
+        yield_to_compute(nice)
+
+    return create_app(engine_args, server_args, on_loaded=on_loaded)
 
 
 try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from aserve import packaged
@@ -88,7 +89,7 @@ class ModelConfig:
     def hidden_size(self) -> int:
         return int(self.text_config.hidden_size)
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         return int(self.text_config.vocab_size)
 

@@ -46,15 +46,21 @@ class SequenceText:
 
 
 class RequestState:
-    """A request on its way out."""
+    """A request on its way out.
 
-    __slots__ = ("group", "kind", "mailbox", "prompt_logprobs_sent", "sink", "texts")
+    whole: it has a single output, at its end: that is asked for, or the best of several are to be found.
+    """
+
+    __slots__ = ("group", "kind", "mailbox", "prompt_logprobs_sent", "sink", "texts", "whole")
 
     def __init__(self, group: SequenceGroup, kind: OutputKind, sink: Sink, mailbox: Mailbox | None) -> None:
         self.group = group
         self.kind = kind
         self.sink = sink
         self.mailbox = mailbox
+        self.whole = kind is OutputKind.FINAL_ONLY or (
+            kind is OutputKind.DELTA and group.width != group.params.n
+        )
         self.texts: dict[int, SequenceText] = {}
         self.prompt_logprobs_sent = False
 
@@ -126,44 +132,52 @@ class OutputProcessor:
             return
         text = self._text_of(state, seq)
         self._flush(text, seq)
-        self._emit(state, {seq.seq_id: None}, time.time())
+        self._emit(state, [seq], time.time())
 
     # ---------------------------------------------------------------- steps
 
     def process(self, changes: Commit, now: float) -> None:
-        dirty: dict[str, dict[int, None]] = {}
-        stats = self._stats
+        states = self.states
+        dirty: dict[str, tuple[RequestState, list[Sequence]]] = {}
+        # Requests that got their last tokens in one step have waited equally long for these.
+        waited: dict[float, int] = {}
         for update in changes.tokens:
             seq = update.seq
             group = seq.group
-            state = self.states.get(group.request_id)
-            if state is None:
-                continue
-            changed = dirty.get(group.request_id)
-            if changed is None:
-                changed = dirty[group.request_id] = {}
+            request_id = group.request_id
+            entry = dirty.get(request_id)
+            if entry is None:
+                state = states.get(request_id)
+                if state is None:
+                    continue
+                dirty[request_id] = state, [seq]
                 if group.first_token_time is None:
                     group.first_token_time = now
-                    stats.on_first_token(now - group.arrival_time)
+                    self._stats.on_first_token(now - group.arrival_time)
                 else:
-                    stats.on_output_token(now - (group.last_token_time or now))
+                    last = group.last_token_time or now
+                    waited[last] = waited.get(last, 0) + 1
                 group.last_token_time = now
-            changed[seq.seq_id] = None
+            else:
+                state, seqs = entry
+                if seqs[-1] is not seq:
+                    seqs.append(seq)
             try:
-                self._advance(self._text_of(state, seq), update)
+                self._advance(state.texts.get(seq.seq_id) or self._text_of(state, seq), update)
             except Exception as error:  # one request's text must never end the loop for all others
-                logger.exception("request %s failed while its text was made", group.request_id)
+                logger.exception("request %s failed while its text was made", request_id)
                 for sibling in group.unfinished:
                     self._scheduler.finish(sibling, SequenceStatus.FINISHED_FAILED)
                 changes.failed.append((group, f"making its text failed ({type(error).__name__})"))
+        for last, count in waited.items():
+            self._stats.on_output_token(now - last, count)
         for group, reason in changes.failed:
-            stats.on_failed("request")
+            self._stats.on_failed("request")
             self.request_log.failed(group.request_id, cause=reason)
             self.fail(group.request_id, RequestFailedError(f"the request could not be completed: {reason}"))
-        for request_id, changed in dirty.items():
-            state = self.states.get(request_id)
-            if state is not None:
-                self._emit(state, changed, now)
+            dirty.pop(group.request_id, None)
+        for state, seqs in dirty.values():
+            self._emit(state, seqs, now)
 
     def _text_of(self, state: RequestState, seq: Sequence) -> SequenceText:
         text = state.texts.get(seq.seq_id)
@@ -190,7 +204,7 @@ class OutputProcessor:
         if text.detokenizer is not None:
             by_token = seq.status is SequenceStatus.FINISHED_STOPPED
             if not by_token or params.include_stop_str_in_output:
-                (delta,) = text.detokenizer.append([update.token_id])
+                delta = text.detokenizer.push(update.token_id)
         if text.logprobs is not None and update.details is not None:
             text.logprobs.append(self._logprobs(update.token_id, update.details, delta))
         if text.stop is None:
@@ -205,7 +219,7 @@ class OutputProcessor:
                 else:
                     self._scheduler.finish(seq, SequenceStatus.FINISHED_STOPPED, found)
                 return
-        if seq.finished:
+        if seq.status >= SequenceStatus.FINISHED_STOPPED:
             self._flush(text, seq)
 
     def _flush(self, text: SequenceText, seq: Sequence) -> None:
@@ -231,32 +245,31 @@ class OutputProcessor:
 
     # ---------------------------------------------------------------- outputs
 
-    def _emit(self, state: RequestState, changed: dict[int, None], now: float) -> None:
+    def _emit(self, state: RequestState, changed: list[Sequence], now: float) -> None:
         group = state.group
-        finished = group.finished
+        # Without an ended sequence among those that changed, nothing can have ended now.
+        finished = any(seq.status >= SequenceStatus.FINISHED_STOPPED for seq in changed) and group.finished
         if finished:
             self.states.pop(group.request_id, None)
             self._count_finished(group, now)
-        if state.kind is OutputKind.FINAL_ONLY or (
-            state.kind is OutputKind.DELTA and group.width != group.params.n
-        ):
-            if not finished:
-                return
-            outputs = [self._whole(state, seq) for seq in self._best(group)]
-        elif state.kind is OutputKind.DELTA:
-            outputs = [self._delta(state, seq) for seq in group.seqs if seq.seq_id in changed]
+        elif state.whole:
+            return
+        streamed = state.kind is OutputKind.DELTA and not state.whole
+        if streamed:
+            outputs = [self._delta(state, seq) for seq in changed]
         else:
             outputs = [self._whole(state, seq) for seq in self._best(group)]
         state.sink(
             RequestOutput(
-                request_id=group.request_id,
-                prompt=group.prompt,
-                prompt_token_ids=group.prompt_token_ids,
-                prompt_logprobs=self._prompt_logprobs(state),
-                outputs=outputs,
-                finished=finished,
-                metrics=self._metrics(group, now if finished else None),
-                lora_request=group.lora_request,
+                group.request_id,
+                group.prompt,
+                group.prompt_token_ids,
+                None if group.params.prompt_logprobs is None else self._prompt_logprobs(state),
+                outputs,
+                finished,
+                # Times are of use at the end; a delta before it goes without.
+                self._metrics(group, now if finished else None) if finished or not streamed else None,
+                group.lora_request,
                 num_cached_tokens=group.num_cached_tokens,
             )
         )
@@ -283,23 +296,30 @@ class OutputProcessor:
         )
 
     def _delta(self, state: RequestState, seq: Sequence) -> CompletionOutput:
-        text = self._text_of(state, seq)
+        text = state.texts.get(seq.seq_id) or self._text_of(state, seq)
+        known = len(seq.token_ids)
         first = seq.num_prompt_tokens + text.sent_tokens
-        output = CompletionOutput(
-            index=seq.index,
-            text=text.text[text.sent_text :],
-            token_ids=seq.token_ids[first:],
-            cumulative_logprob=seq.cumulative_logprob,
-            logprobs=text.logprobs[text.sent_logprobs :] if text.logprobs is not None else None,
-            finish_reason=seq.finish_reason,
-            stop_reason=seq.stop_reason,
-            lora_request=seq.group.lora_request,
-        )
-        text.sent_text = len(text.text)
-        text.sent_tokens = len(seq.token_ids) - seq.num_prompt_tokens
+        text.sent_tokens = known - seq.num_prompt_tokens
+        logprobs = None
         if text.logprobs is not None:
+            logprobs = text.logprobs[text.sent_logprobs :]
             text.sent_logprobs = len(text.logprobs)
-        return output
+        if text.stop is None:
+            new, text.text = text.text, ""  # nobody looks at the whole again
+        else:
+            new = text.text[text.sent_text :]
+            text.sent_text = len(text.text)
+        ended = seq.status >= SequenceStatus.FINISHED_STOPPED
+        return CompletionOutput(
+            seq.index,
+            new,
+            seq.token_ids[first:],
+            seq.cumulative_logprob,
+            logprobs,
+            seq.finish_reason if ended else None,
+            seq.stop_reason if ended else None,
+            seq.group.lora_request,
+        )
 
     def _prompt_logprobs(self, state: RequestState) -> list[TokenLogprobs | None] | None:
         group = state.group

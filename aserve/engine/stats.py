@@ -183,10 +183,10 @@ class EngineStats:
         if self.enabled:
             self._ttft.observe(seconds)
 
-    def on_output_token(self, seconds: float) -> None:
-        """A request got a token ``seconds`` after the one before; once per request and step."""
+    def on_output_token(self, seconds: float, requests: int = 1) -> None:
+        """That many requests got a token ``seconds`` after the one before; once per request and step."""
         if self.enabled:
-            self._tpot.observe(seconds)
+            self._tpot.observe(seconds, requests)
 
     def on_finished(
         self,

@@ -17,11 +17,13 @@ class Mailbox:
     the request's own length, and a slow reader costs fewer wake-ups rather than more memory.
     """
 
-    __slots__ = ("_error", "_slot", "_waiter", "ended", "kind")
+    __slots__ = ("_error", "_slot", "_waiter", "ended", "kind", "notify")
 
     def __init__(self, kind: OutputKind) -> None:
         self.kind = kind
         self.ended = False
+        self.notify: Callable[[], None] | None = None
+        """Called, instead of waking a task, whenever there is something new."""
         self._slot: RequestOutput | None = None
         self._error: AserveError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -63,10 +65,21 @@ class Mailbox:
                 await self._waiter
             finally:
                 self._waiter = None
+        return self.take()
+
+    def take(self) -> RequestOutput | None:
+        """The next output if there is one."""
         output, self._slot = self._slot, None
         return output
 
+    @property
+    def quiet(self) -> bool:
+        """Whether ``get`` would wait."""
+        return self._slot is None and not self.ended
+
     def _wake(self) -> None:
+        if self.notify is not None:
+            self.notify()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -97,6 +110,27 @@ class OutputStream:
         if output is None:
             raise StopAsyncIteration
         return output
+
+    def listen(self, notify: Callable[[], None] | None) -> None:
+        """Has ``notify`` called in the middle of every step that changes or ends the stream.
+
+        For readers that fetch outputs with ``take``; it must return at once and not raise.
+        """
+        self._mailbox.notify = notify
+
+    def take(self) -> RequestOutput | None:
+        """The next output if it is there; does not wait and never raises."""
+        return self._mailbox.take()
+
+    @property
+    def quiet(self) -> bool:
+        """Whether the next iteration would wait."""
+        return self._mailbox.quiet
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing further will come after what is there now."""
+        return self._mailbox.ended
 
     async def final(self) -> RequestOutput:
         """Reads to the end and returns the last output, whole."""

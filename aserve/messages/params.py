@@ -130,8 +130,13 @@ class SamplingParams:
 
     def clone(self) -> SamplingParams:
         """A deep copy that shares the logits processors, which may hold state or refuse to be copied."""
-        processors = self.logits_processors or ()
-        return copy.deepcopy(self, {id(p): p for p in processors})
+        other = copy.copy(self)
+        # The other fields cannot be changed in place.
+        for name in ("stop", "stop_token_ids", "logit_bias", "logits_processors"):
+            value = getattr(self, name)
+            if isinstance(value, (list, dict)):
+                setattr(other, name, value.copy())
+        return other
 
     def __repr__(self) -> str:
         shown = (f.name for f in fields(self) if f.name not in ("detokenize", "logits_processors"))

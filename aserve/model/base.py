@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +12,15 @@ import torch
 from aserve.attention.base import AttentionMetadata, KVCache
 from aserve.model.layers.embedding import OutputHead
 from aserve.model.layers.linear import Build
+from aserve.model.layers.norm import RMSNorm
 from aserve.model.weights import Value
 from aserve.ops import packed
+from aserve.ops.decoder import DecoderStack, LayerSpec
 
 if TYPE_CHECKING:
     from aserve.config.model import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 
 class Model(ABC):
@@ -39,6 +44,7 @@ class Model(ABC):
             packed=device.type == "cpu" and packed.available(),
             quantized=config.quantization == "gguf",
         )
+        self._stack: DecoderStack | None = None
 
     @property
     def num_layers(self) -> int:
@@ -70,6 +76,22 @@ class Model(ABC):
         """
         self.build.table.fill(weights, self.rename)
         self.build.finish()
+        self._stack = self._make_stack() if self.build.packed else None
+
+    def native_layers(self) -> tuple[Sequence[LayerSpec], RMSNorm] | None:
+        """The layers and the norm after them, for the native decoder; None where it does not know them."""
+        return None
+
+    def _make_stack(self) -> DecoderStack | None:
+        native = self.native_layers()
+        if native is None:
+            return None
+        layers, norm = native
+        reason = DecoderStack.refusal(layers)
+        if reason is not None:
+            logger.info("the layers run one operation at a time: %s", reason)
+            return None
+        return DecoderStack(layers, norm.weight.float(), norm.eps)
 
 
 def layer_window(hf_config: Any, layer: int) -> int | None:

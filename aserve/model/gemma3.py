@@ -9,12 +9,14 @@ import torch
 from aserve.attention.base import AttentionMetadata, KVCache
 from aserve.errors import ConfigError, UnsupportedError
 from aserve.model.base import Model, layer_window
-from aserve.model.layers.activation import gated_activation
+from aserve.model.layers.activation import gated_activation, gated_kind
 from aserve.model.layers.attention import PagedAttention
 from aserve.model.layers.embedding import OutputHead, make_embedding
 from aserve.model.layers.linear import Build
 from aserve.model.layers.norm import RMSNorm
 from aserve.model.layers.rotary import Rotary, make_rotary, rope_parameters
+from aserve.model.layers.stack import layer_spec
+from aserve.ops.decoder import LayerSpec
 
 if TYPE_CHECKING:
     from aserve.config.model import ModelConfig
@@ -70,11 +72,26 @@ class Gemma3ForCausalLM(Model):
         caches: list[KVCache],
         meta: AttentionMetadata,
     ) -> torch.Tensor:
+        if self._stack is not None:
+            wide = self.embedding.lookup_float(token_ids).mul_(self.config.hf_config.hidden_size**0.5)
+            return self._stack.forward(wide, positions, caches, meta)
         hidden = self.embedding.lookup(token_ids).mul_(self.embedding_scale)
         residual: torch.Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=True):
             hidden, residual = layer.forward(hidden, residual, positions, cache, meta)
         return self.norm.add_apply(hidden, residual)[0]
+
+    def native_layers(self) -> tuple[list[LayerSpec], RMSNorm]:
+        specs = [
+            layer_spec(
+                layer,
+                pre_mlp_norm=layer.pre_mlp_norm,
+                post_attention_norm=layer.post_attention_norm,
+                post_mlp_norm=layer.post_mlp_norm,
+            )
+            for layer in self.layers
+        ]
+        return specs, self.norm
 
 
 def _norm(build: Build, name: str, width: int, hf: Any) -> RMSNorm:
@@ -84,6 +101,7 @@ def _norm(build: Build, name: str, width: int, hf: Any) -> RMSNorm:
 class DecoderLayer:
     def __init__(self, build: Build, hf: Any, index: int, rotary: Rotary) -> None:
         prefix = f"model.layers.{index}"
+        self.activation_kind = gated_kind(hf.hidden_activation)
         heads, kv_heads, head_size = hf.num_attention_heads, hf.num_key_value_heads, hf.head_dim
         self.input_norm = _norm(build, f"{prefix}.input_layernorm", hf.hidden_size, hf)
         self.qkv = build.linear(

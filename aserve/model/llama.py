@@ -9,12 +9,14 @@ import torch
 from aserve.attention.base import AttentionMetadata, KVCache
 from aserve.errors import ConfigError
 from aserve.model.base import Model, layer_window
-from aserve.model.layers.activation import gated_activation
+from aserve.model.layers.activation import gated_activation, gated_kind
 from aserve.model.layers.attention import PagedAttention
 from aserve.model.layers.embedding import OutputHead, make_embedding
 from aserve.model.layers.linear import Build
 from aserve.model.layers.norm import RMSNorm
 from aserve.model.layers.rotary import Rotary, make_rotary, rope_parameters
+from aserve.model.layers.stack import layer_spec
+from aserve.ops.decoder import LayerSpec
 
 if TYPE_CHECKING:
     from aserve.config.model import ModelConfig
@@ -61,15 +63,21 @@ class LlamaForCausalLM(Model):
         caches: list[KVCache],
         meta: AttentionMetadata,
     ) -> torch.Tensor:
+        if self._stack is not None:
+            return self._stack.forward(self.embedding.lookup_float(token_ids), positions, caches, meta)
         hidden = self.embedding.lookup(token_ids)
         residual: torch.Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=True):
             hidden, residual = layer.forward(hidden, residual, positions, cache, meta)
         return self.norm.add_apply(hidden, residual)[0]
 
+    def native_layers(self) -> tuple[list[LayerSpec], RMSNorm]:
+        return [layer_spec(layer, pre_mlp_norm=layer.post_norm) for layer in self.layers], self.norm
+
 
 class DecoderLayer:
     def __init__(self, build: Build, hf: Any, index: int, head_size: int, rotary: Rotary) -> None:
+        self.activation_kind = gated_kind(hf.hidden_act)
         prefix = f"model.layers.{index}"
         heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads
         is_qwen2, is_qwen3 = hf.model_type == "qwen2", hf.model_type == "qwen3"

@@ -41,6 +41,11 @@ logger = logging.getLogger(__name__)
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _KERNELS = (
     "copy_blocks",
+    "decoder_cache",
+    "decoder_forward",
+    "decoder_layer",
+    "decoder_stack",
+    "decoder_weight",
     "fused_add_rms_norm",
     "gated",
     "greedy_logprob",
@@ -69,10 +74,17 @@ class _Library:
         self.functions.aserve_cpu_select.argtypes = [ctypes.c_char_p]
         self.functions.aserve_packed_bytes.restype = ctypes.c_int64
         self.functions.aserve_packed_bytes.argtypes = [ctypes.c_int64] * 3
+        self.functions.aserve_decoder_bytes.restype = ctypes.c_int64
+        self.functions.aserve_decoder_bytes.argtypes = [ctypes.c_int64]
         for name in _KERNELS:
             torch.library.register_fake(f"aserve::{name}", _writes_only)
         operations = ops.aserve
         self.copy_blocks = operations.copy_blocks.default
+        self.decoder_cache = operations.decoder_cache.default
+        self.decoder_forward = operations.decoder_forward.default
+        self.decoder_layer = operations.decoder_layer.default
+        self.decoder_stack = operations.decoder_stack.default
+        self.decoder_weight = operations.decoder_weight.default
         self.fused_add_rms_norm = operations.fused_add_rms_norm.default
         self.gated = operations.gated.default
         self.greedy_logprob = operations.greedy_logprob.default

@@ -82,6 +82,7 @@ def create_app(
     engine: AsyncLLMEngine | None = None,
     *,
     on_fatal: Callable[[], None] | None = None,
+    on_loaded: Callable[[], None] | None = None,
 ) -> Quart:
     """Builds the application.
 
@@ -89,6 +90,7 @@ def create_app(
     weights are loaded while the port is already open, and it is stopped after the last request.
 
     on_fatal: called if the engine cannot be loaded; by default the process ends with status 1.
+    on_loaded: called when it is loaded.
 
     Raises ConfigError for server settings that cannot work.
     """
@@ -103,6 +105,7 @@ def create_app(
         chat_template=resolve_chat_template(server_args.chat_template),
         log_requests=engine_args is None or not engine_args.disable_log_requests,
         on_fatal=on_fatal or _exit,
+        on_loaded=on_loaded,
     )
     app.extensions["aserve"] = shared
     app.extensions["exchanges"] = Exchanges()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import anyio
 from quart import Response
 from quart.asgi import ASGIHTTPConnection
 from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.event import ensure_bytes
+
+from aserve.server.direct import ChunkWriter, LiveEvents, writer_behind
 
 if TYPE_CHECKING:
     from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, HTTPScope
@@ -37,7 +40,7 @@ class EventStream(Response):
     It is an ordinary ``Response`` until the last moment, so ``after_request`` hooks (CORS, request
     ids) see and may change its headers.
 
-    events: yields whole events as bytes.
+    events: yields whole events as bytes, or may be written straight to the connection.
     on_close: called once when the exchange is over, however it ended; must not block. The ``finally``
         of ``events`` is not enough: a generator that never started has none to run.
     ping: seconds of silence before a comment line is sent.
@@ -49,7 +52,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncIterable[bytes],
+        events: AsyncIterable[bytes] | LiveEvents,
         *,
         on_close: Callable[[], None] = lambda: None,
         ping: float = PING_SECONDS,
@@ -64,9 +67,13 @@ class EventStream(Response):
         self.ping = ping
         self.send_timeout = send_timeout
 
-    def source(self) -> EventSourceResponse:
-        return EventSourceResponse(
-            self.events,
+    def source(self, writer: ChunkWriter | None = None) -> EventSourceResponse:
+        """The ASGI application that sends it; what ``writer`` can take goes past it."""
+        events = self.events
+        if isinstance(events, LiveEvents):
+            events = events.plain() if writer is None else events.direct(writer)
+        return _Source(
+            events,
             status_code=self.status_code,
             headers=dict(self.headers),
             ping=self.ping,
@@ -74,6 +81,47 @@ class EventStream(Response):
             sep="\n",
             send_timeout=self.send_timeout,
         )
+
+
+class _Source(EventSourceResponse):
+    """sse-starlette's response, with tasks only for what can happen here.
+
+    It watches for uvicorn's shutdown and for a disconnect in a task each. Here the engine ends streams at
+    shutdown, and a disconnect arrives as cancellation; a task for the ping is made when one is due.
+    """
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["method"] == "HEAD":
+            await super().__call__(scope, receive, send)
+            return
+        loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle | None = None
+        pings: asyncio.Task[None] | None = None
+
+        def begin() -> None:
+            nonlocal pings
+            pings = loop.create_task(self._pings(send))
+            pings.add_done_callback(lambda _: stream.cancel())
+
+        try:
+            with anyio.CancelScope() as stream:
+                if self.ping_interval > 0:
+                    timer = loop.call_later(self.ping_interval, begin)
+                await self._stream_response(send)
+            if pings is not None and pings.done():
+                pings.result()  # a ping that nobody read for too long has ended the stream
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if pings is not None:
+                pings.cancel()
+
+    async def _pings(self, send: Any) -> None:
+        message = {"type": "http.response.body", "body": ensure_bytes(_ping(), "\n"), "more_body": True}
+        async with self._send_lock:
+            if self.active:
+                await self._send_with_timeout(send, message)
+        await self._ping(send)
 
 
 class Connection(ASGIHTTPConnection):
@@ -106,8 +154,9 @@ class Connection(ASGIHTTPConnection):
     async def _send_response(self, send: ASGISendCallable, response: ResponseTypes) -> None:
         if isinstance(response, EventStream):
             # A disconnect reaches the stream as cancellation, so it gets a `receive` that says nothing.
+            writer = None if "Content-Length" in response.headers else writer_behind(send, self.scope)
             try:
-                await response.source()(self.scope, anyio.sleep_forever, send)  # type: ignore[arg-type]
+                await response.source(writer)(self.scope, anyio.sleep_forever, send)  # type: ignore[arg-type]
             finally:
                 response.on_close()
         else:

@@ -21,6 +21,7 @@ from aserve.errors import AserveError, ConfigError
 from aserve.server import pipelining
 from aserve.server.app import create_app
 from aserve.server.connection import all_answered
+from aserve.server.process import loop_nice, settle, yield_to_compute
 
 if TYPE_CHECKING:
     from quart import Quart
@@ -61,7 +62,14 @@ async def serve(
 ) -> int:
     """Serves ``engine`` on the running loop until a signal; returns the exit status."""
     failed = asyncio.Event()
-    app = create_app(engine_args, server_args, engine, on_fatal=failed.set)
+    nice = loop_nice()
+
+    def on_loaded() -> None:
+        # Not before: the threads that load and compute have been started by threads that inherit.
+        settle()
+        yield_to_compute(nice)
+
+    app = create_app(engine_args, server_args, engine, on_fatal=failed.set, on_loaded=on_loaded)
     listener = listen(server_args.host, server_args.port)
     where = base_url(server_args, listener)
     config = hypercorn_config(server_args, listener.detach())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from quart import current_app, request
 
 from aserve.errors import AserveError, EngineBusyError, EngineDeadError
+from aserve.server.direct import Courier
 
 if TYPE_CHECKING:
     from aserve.config.server import ServerArgs
@@ -27,6 +28,7 @@ class Service:
     """The engine behind the routes, from before it is loaded until it is stopped.
 
     on_fatal: called once, from the event loop, if the engine cannot be loaded.
+    on_loaded: called once, likewise, when it is.
     """
 
     def __init__(
@@ -36,15 +38,19 @@ class Service:
         chat_template: str | None = None,
         log_requests: bool = True,
         on_fatal: Callable[[], None] | None = None,
+        on_loaded: Callable[[], None] | None = None,
     ) -> None:
         self.args = args
         self.chat_template = chat_template
         self.log_requests = log_requests
         self.engine: AsyncLLMEngine | None = None
         self.on_fatal = on_fatal
+        self.on_loaded = on_loaded
         self.load_error: BaseException | None = None
         self.draining: str | None = None
+        self.courier = Courier()
         self._loading: asyncio.Task[None] | None = None
+        self._settled = asyncio.Event()
         self._unknown_fields: set[str] = set()
 
     # ---------------------------------------------------------------- life of the engine
@@ -56,10 +62,13 @@ class Service:
         self._loading.add_done_callback(self._loaded)
 
     def _loaded(self, task: asyncio.Task[None]) -> None:
+        self._settled.set()
         if task.cancelled():
             return
         self.load_error = task.exception()
         if self.load_error is None:
+            if self.on_loaded is not None:
+                self.on_loaded()
             return
         if isinstance(self.load_error, AserveError):
             logger.error("the model could not be loaded: %s", self.load_error)
@@ -85,7 +94,7 @@ class Service:
         return (
             self.engine is not None
             and self._loading is not None
-            and self._loading.done()
+            and self._settled.is_set()
             and (not self._loading.cancelled() and self.load_error is None)
         )
 
@@ -96,9 +105,9 @@ class Service:
             raise EngineBusyError(self.draining)
         if self.engine is None or self._loading is None:
             raise EngineBusyError("the server is starting")
-        if not self._loading.done():
-            # wait() and not await: a request that is cancelled must not cancel the load.
-            await asyncio.wait([self._loading])
+        if not self._settled.is_set():
+            # Not the task: that is done a moment before its outcome is noted.
+            await self._settled.wait()
         if self.load_error is not None or self._loading.cancelled():
             raise EngineDeadError("the model could not be loaded")
         return self.engine

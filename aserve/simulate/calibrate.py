@@ -1,9 +1,10 @@
 """Device figures from measured steps.
 
 A file of steps is a JSON object with ``steps``: a list of objects with the counts of
-:meth:`aserve.simulate.device.StepModel.cost` (``tokens``, ``samples``, ``pairs``, ``context``, ``rows``) and
-the measured ``seconds``. With ``model`` (the fields of ModelShape) the steps are of that model.
-``python -m aserve.simulate.measure`` writes such files.
+:meth:`aserve.simulate.device.StepModel.cost` (``tokens``, ``samples``, ``pairs``, ``context``, ``rows``),
+the measured ``seconds``, and perhaps ``host_seconds``, what the engine's loop spent besides. With ``model``
+(the fields of ModelShape) the steps are of that model. ``python -m aserve.simulate.measure`` writes such
+files.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from aserve.errors import ConfigError
 from aserve.simulate.device import Device, ModelShape, Profile
 
-_COUNTS = ("tokens", "samples", "pairs", "context", "rows")
+_FIELDS = ("tokens", "samples", "pairs", "context", "rows", "seconds", "host_seconds")
 _ROUNDS = 60
 _NUDGE = 1e-4
 
@@ -34,6 +35,7 @@ class MeasuredStep:
     context: int
     rows: int
     seconds: float
+    host_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def read_steps(path: str) -> Measured:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         steps = [
-            MeasuredStep(*(_positive(step, name) for name in (*_COUNTS, "seconds")))
+            MeasuredStep(**{name: _positive(step, name) for name in _FIELDS if step.get(name) is not None})
             for step in value["steps"]
         ]
         model = ModelShape(**value["model"]) if "model" in value else None
@@ -66,9 +68,9 @@ def fit(profile: Profile, measured: Measured) -> tuple[Profile, float]:
     """The profile whose step times come closest, and the median relative error that remains.
 
     Five figures are fitted: the bandwidth and the linear and attention rates that kernels reach, the fixed
-    seconds of a step and of a row. Links and host times are left as they are. What is lowered is the sum of
-    squared logarithms of ratios, so a step of 1 ms weighs as much as one of 100 ms. Every step reads the
-    weights, so the fixed seconds are told from the bandwidth by steps of long context alone.
+    seconds of a step and of a row. What is lowered is the sum of squared logarithms of ratios, so a step of
+    1 ms weighs as much as one of 100 ms. Every step reads the weights, so the fixed seconds are told from
+    the bandwidth by steps of long context alone. Host times are a straight line over the tokens drawn.
     """
     if measured.model is not None:
         profile = dataclasses.replace(profile, model=measured.model)
@@ -89,6 +91,8 @@ def fit(profile: Profile, measured: Measured) -> tuple[Profile, float]:
         shortest / 100,
     ]
     point = _least_squares(errors, np.log(start))
+    if all(step.host_seconds is not None for step in steps):
+        profile = dataclasses.replace(profile, device=_with_host(device, steps))
     fitted = dataclasses.replace(
         profile, name=f"{profile.name} (calibrated)", device=_device(profile.device, np.exp(point).tolist())
     )
@@ -98,6 +102,16 @@ def fit(profile: Profile, measured: Measured) -> tuple[Profile, float]:
 def _predict(cost: Callable[..., Any], step: MeasuredStep) -> float:
     seconds: float = cost(step.tokens, step.samples, step.pairs, step.context, step.rows).seconds
     return seconds
+
+
+def _with_host(device: Device, steps: Sequence[MeasuredStep]) -> Device:
+    tokens = np.array([step.samples for step in steps], dtype=np.float64)
+    seconds = np.array([step.host_seconds for step in steps])
+    spread = tokens - tokens.mean()
+    per_token = float(spread @ seconds / (spread @ spread)) if spread.any() else 0.0
+    per_token = max(0.0, per_token)
+    fixed = max(0.0, float(seconds.mean() - per_token * tokens.mean()))
+    return dataclasses.replace(device, host_seconds=fixed, host_token_seconds=per_token)
 
 
 def _least_squares(errors: Callable[[Any], Any], start: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -35,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="Fit the device's figures to steps as `python -m aserve.simulate.measure` writes them.",
     )
+    device.add_argument("--max-model-len", type=int, help="Context length, in place of the model's.")
     load = parser.add_argument_group("Trace")
     load.add_argument("--trace", metavar="FILE", help="JSON Lines of requests, instead of drawn ones.")
     load.add_argument("--num-prompts", type=int, help="Requests. (default: 1000, or all within --duration)")
@@ -120,6 +122,9 @@ def _run(options: argparse.Namespace) -> int:
     profile = load_profile(options.device)
     if options.calibrate:
         profile = _calibrated(profile, options.calibrate)
+    if options.max_model_len is not None:
+        model = dataclasses.replace(profile.model, max_model_len=options.max_model_len)
+        profile = dataclasses.replace(profile, model=model)
     if options.show_device:
         print(json.dumps(as_json(profile), indent=2))
         return 0
@@ -141,7 +146,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _many(options: argparse.Namespace, scenario: compare.Scenario) -> dict[str, Any]:
-    combinations = compare.grid([policy.parse_choice(text) for text in options.compare])
+    combinations = _usable(scenario, compare.grid([policy.parse_choice(text) for text in options.compare]))
     labels: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     notes: list[dict[str, Any]] = []
@@ -167,6 +172,22 @@ def _many(options: argparse.Namespace, scenario: compare.Scenario) -> dict[str, 
         print(_saturation_line(note, options.attainment, bool(scenario.goodput)))
     runs = [{"choices": label, **result} for label, result in zip(labels, results, strict=True)]
     return {"runs": runs} | ({"saturation": notes} if notes else {})
+
+
+def _usable(scenario: compare.Scenario, combinations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that the engine would start with; the others are named on standard error."""
+    usable = []
+    for chosen in combinations:
+        try:
+            policy.resolve(scenario.chosen | chosen, scenario.profile)
+        except ConfigError as error:
+            named = ", ".join(f"{name}={value}" for name, value in chosen.items())
+            print(f"left out: {named}: {error}", file=sys.stderr)
+        else:
+            usable.append(chosen)
+    if not usable:
+        raise ConfigError("no combination of choices can work", param="compare")
+    return usable
 
 
 def _saturation_line(note: dict[str, Any], share: float, limited: bool) -> str:
@@ -225,7 +246,8 @@ def _scenario(options: argparse.Namespace, profile: Profile) -> compare.Scenario
         parse_goodput(options.goodput),
         tuple(percentiles),
     )
-    policy.resolve(chosen, profile)
+    if not options.compare:
+        policy.resolve(chosen, profile)
     return scenario
 
 

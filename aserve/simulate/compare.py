@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import math
 import multiprocessing
@@ -11,10 +12,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from aserve.errors import ConfigError
 from aserve.simulate import policy, report
 from aserve.simulate.device import Profile
 from aserve.simulate.trace import INFINITE, Request, TraceSpec, read_trace
-from aserve.simulate.virtual import Run, Simulation
+from aserve.simulate.virtual import FINISHED, Run, Simulation
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,14 @@ class Scenario:
 def simulate(scenario: Scenario) -> Run:
     """One simulation."""
     limits, serving = policy.resolve(scenario.chosen, scenario.profile)
-    return Simulation(scenario.requests(), scenario.profile, limits, serving, scenario.concurrency).execute()
+    simulation = Simulation(scenario.requests(), scenario.profile, limits, serving, scenario.concurrency)
+    thresholds = gc.get_threshold()
+    # Steps make and drop objects by the thousand, none of them in cycles: looking so often finds nothing.
+    gc.set_threshold(100_000, *thresholds[1:])
+    try:
+        return simulation.execute()
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def summarise(scenario: Scenario) -> dict[str, Any]:
@@ -82,8 +91,9 @@ def grid(choices: Sequence[tuple[policy.Option, list[Any]]]) -> list[dict[str, A
 
 @dataclass(frozen=True)
 class Saturation:
-    """rates, results: what was simulated, in order of rate. capacity: requests/s with a queue that never
-    empties. rate: the highest that kept ``share`` of requests within the limits; None when none did."""
+    """rates, results: what was simulated, in order of rate. capacity: requests/s while a queue that never
+    empties is worked off. rate: the highest that kept ``share`` of requests within the limits; None when
+    none did."""
 
     rates: list[float]
     results: list[dict[str, Any]]
@@ -95,17 +105,27 @@ LOADS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 1.0, 1.1)
 """Shares of the capacity that a search simulates first."""
 
 
+def steady_throughput(run: Run) -> float:
+    """Requests/s between the end of the first tenth and of the ninth: filling and draining left out.
+
+    ConfigError when too few requests were served to tell.
+    """
+    ends = sorted(outcome.last for outcome in run.outcomes if outcome.cause == FINISHED and outcome.last)
+    first, last = len(ends) // 10, len(ends) * 9 // 10
+    if len(ends) < 10 or ends[last] <= ends[first]:
+        raise ConfigError(f"{len(ends)} requests served are too few to tell a capacity", param="num_prompts")
+    return (last - first) / (ends[last] - ends[first])
+
+
 def find_saturation(
     scenario: Scenario, *, share: float = 0.9, jobs: int = 1, tolerance: float = 0.02
 ) -> Saturation:
     """Simulates rising rates, then halves the interval in which ``share`` of requests stops being good.
 
-    The capacity is the throughput with every request there at once. Without goodput limits every request
-    is good and only the capacity says anything; ``rate`` is then None.
+    The capacity is how fast the middle 80 % of requests end when all are there at once. Without goodput
+    limits every request is good and only the capacity says anything; ``rate`` is then None.
     """
-    capacity = summarise(scenario.at_rate(INFINITE))["request_throughput"]
-    if not capacity > 0:
-        raise ValueError("no request could be served")
+    capacity = steady_throughput(simulate(scenario.at_rate(INFINITE)))
     found: dict[float, dict[str, Any]] = {}
 
     def measure(rates: Sequence[float]) -> None:

@@ -26,8 +26,9 @@ With tensor parallelism over ``n`` devices each holds a share of weights, heads 
 PERFORMANCE.md) and cost a latency each.
 
 Not modelled: norms, rotary embedding, sampling kernels and activation traffic (fold them into the
-efficiencies and ``row_seconds`` by calibrating); sliding windows; tile and wave quantisation; clocks and
-other tenants of the machine; experts, adapters, speculation. An all-reduce never overlaps computing.
+efficiencies and ``row_seconds`` by calibrating); layers that differ, as with sliding windows in some of
+them; tile and wave quantisation; clocks and other tenants of the machine; experts, adapters, speculation.
+An all-reduce never overlaps computing.
 """
 
 from __future__ import annotations
@@ -161,14 +162,18 @@ class Profile:
         """Share of a token's KV that each device holds: with more devices than KV heads, heads repeat."""
         return max(1 / self.device.count, 1 / self.model.kv_heads)
 
-    def step_model(self, block_size: int) -> StepModel:
-        return StepModel(self, block_size)
+    def step_model(self, block_size: int, window: int | None = None) -> StepModel:
+        return StepModel(self, block_size, window)
 
 
 class StepModel:
-    """The formulas of this module with the constants of one profile worked out."""
+    """The formulas of this module with the constants of one profile worked out.
 
-    def __init__(self, profile: Profile, block_size: int) -> None:
+    window: tokens that a token sees, itself included; None for all before it.
+    """
+
+    def __init__(self, profile: Profile, block_size: int, window: int | None = None) -> None:
+        self._window = window
         model, device = profile.model, profile.device
         share = 1 / device.count
         self._token_operations = 2 * model.layer_weights * model.layers
@@ -224,15 +229,29 @@ class StepModel:
         starts, counts = plan.starts, plan.counts
         tokens = sum(counts)
         before = sum(starts)
-        # A decode's one token sees `start + 1`; only prefill rows need more than the two sums.
-        pairs: float = before + len(starts)
-        for row in range(plan.num_prefill_rows):
-            count = counts[row]
-            pairs += (count - 1) * (starts[row] + 1) + count * (count - 1) / 2
+        if self._window is None:
+            # A decode's one token sees `start + 1`; only prefill rows need more than the two sums.
+            context, pairs = before + tokens, float(before + len(starts))
+            for row in range(plan.num_prefill_rows):
+                count = counts[row]
+                pairs += (count - 1) * (starts[row] + 1) + count * (count - 1) / 2
+        else:
+            context, pairs = _windowed(starts, counts, self._window)
         swapped = len(getattr(plan, "swap_ins", ())) + len(getattr(plan, "swap_outs", ()))
         return self.cost(
-            tokens, len(plan.samples), pairs, before + tokens, len(starts), len(plan.block_copies), swapped
+            tokens, len(plan.samples), pairs, context, len(starts), len(plan.block_copies), swapped
         )
+
+
+def _windowed(starts: list[int], counts: list[int], window: int) -> tuple[int, float]:
+    """Tokens whose KV is read, and pairs, where a token sees no more than ``window``."""
+    context, pairs = 0, 0.0
+    for start, count in zip(starts, counts, strict=True):
+        context += min(start + count, window + count - 1)
+        # Tokens that see everything before them come first, then those that see a whole window.
+        whole = min(count, max(0, window - start - 1))
+        pairs += whole * (start + 1) + whole * (whole - 1) / 2 + (count - whole) * window
+    return context, pairs
 
 
 def _check_figures(part: ModelShape | Device) -> None:

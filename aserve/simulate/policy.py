@@ -133,6 +133,14 @@ def resolve(chosen: dict[str, Any], profile: Profile) -> tuple[SchedulerLimits, 
             f"({values['max_num_seqs']})",
             param="max_num_batched_tokens",
         )
+    if not values["chunked_prefill"] and values["max_num_batched_tokens"] < longest:
+        raise ConfigError(
+            f"max_num_batched_tokens ({values['max_num_batched_tokens']}) is less than max_model_len "
+            f"({longest}): without chunked prefill the engine refuses it",
+            param="max_num_batched_tokens",
+        )
+    if values.get("preemption_mode") not in (None, "recompute", "swap"):
+        raise ConfigError("preemption_mode must be recompute or swap", param="preemption_mode")
     if values["num_blocks"] < 1:
         raise ConfigError(f"num_blocks must be at least 1, got {values['num_blocks']}", param="num_blocks")
     limits = {field.name for field in dataclasses.fields(SchedulerLimits)}

@@ -48,6 +48,7 @@ def summary(
         "device": run.profile.name,
         "sent": sent,
         "completed": causes[FINISHED],
+        "failed": sent - causes[FINISHED],
         "too_long": causes[TOO_LONG],
         "rejected": causes[REJECTED],
         "timed_out": causes[TIMED_OUT],
@@ -167,6 +168,7 @@ def block(result: dict[str, Any], goodput: dict[str, float], *, rate: float = ma
 
 COLUMNS = {
     "goodput": ("attainment", "{:.1%}"),
+    "failed": ("failed", "{}"),
     "req/s": ("request_throughput", "{:.2f}"),
     "tok/s": ("output_throughput", "{:.0f}"),
     "TTFT p50": ("p50_ttft_ms", "{:.0f}"),

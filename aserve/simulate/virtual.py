@@ -160,7 +160,7 @@ class Simulation:
     def execute(self) -> Run:
         """Runs until every request has ended. RuntimeError if the scheduler leaves one behind."""
         run, scheduler, device = self.run, self.scheduler, self.run.profile.device
-        model = run.profile.step_model(run.limits.block_size)
+        model = run.profile.step_model(run.limits.block_size, getattr(run.limits, "window", None))
         now = free = 0.0
         running: tuple[StepPlan, float] | None = None
         while True:
@@ -271,11 +271,10 @@ class Simulation:
         run.steps += 1
         run.computed += tokens
         run.busy += seconds
-        for new in plan.new:
-            row = plan.slots.index(new.slot)
-            run.cached += plan.starts[row]
-            if self._outputs and new.params.seed is not None:
-                self._of_slot[new.slot] = self._requests[new.params.seed]
+        if self._outputs:
+            for new in plan.new:
+                if new.params.seed is not None:
+                    self._of_slot[new.slot] = self._requests[new.params.seed]
         bucket = run.timeline.at(now)
         bucket.steps += 1
         bucket.tokens += tokens
@@ -318,4 +317,5 @@ class Simulation:
         outcome.first, outcome.last = group.first_token_time, group.last_token_time
         outcome.tokens = sum(seq.num_output_tokens for seq in group.seqs)
         outcome.preemptions = group.num_preemptions
+        self.run.cached += getattr(group, "num_cached_tokens", 0)
         self._turn_since = now

@@ -5,8 +5,10 @@
 // below lives in an anonymous namespace and nothing of the C++ library's templates is included.
 #include <immintrin.h>
 
+#include "decoder.h"
 #include "kernels.h"
 #include "quant.h"
+#include "team.h"
 
 namespace aserve {
 namespace {
@@ -35,8 +37,10 @@ namespace {
 
 #include "linear.inl"
 
+#include "decoder.inl"
+
 constexpr Kernels table = {"avx512", norm, rotary, store_kv, attention, gated, greedy_logprob,
-                           linear_kernels, packed_linear, packed_rows};
+                           linear_kernels, packed_linear, packed_rows, decoder};
 
 }  // namespace
 

@@ -127,6 +127,8 @@ enum class Status : int { ok = 0, bad_block = 1, bad_slot = 2, bad_position = 3,
 
 enum class Activation : int { silu = 0, gelu_tanh = 1, gelu_erf = 2 };
 
+struct DecoderArgs;  // decoder.h
+
 struct Kernels {
   const char* isa;
   void (*norm)(const NormArgs&, const Threads&);
@@ -138,6 +140,7 @@ struct Kernels {
   LinearKernels linear;
   Status (*packed_linear)(const LinearArgs&, const Threads&);
   Status (*packed_rows)(const RowsArgs&, const Threads&);
+  Status (*decoder)(const DecoderArgs&, int threads);
 };
 
 const Kernels* avx2_kernels();

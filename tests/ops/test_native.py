@@ -201,6 +201,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "paged_attention": (
             *(heads, cache, cache.clone(), *lengths, tables, 0.3, 0, 0.0, torch.ones(2), heads.clone()),
         ),
+        **decoder_arguments(),
         "gated": (x, 0, x[:, :8].clone()),
         "copy_blocks": (cache, torch.tensor([[0, 1]])),
         "pack_dense": (x, packed.allocate(16 * 64)),
@@ -211,6 +212,32 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "packed_linear": (x, packed.allocate(16 * 64), weight[:5], 0, 5, 16, torch.randn(2, 5)),
         "packed_rows": (slots[:1], packed.allocate(16 * 64), 0, 5, 16, torch.randn(1, 16)),
         "greedy_logprob": (x, torch.zeros(2, dtype=torch.int64), torch.zeros(2)),
+    }
+
+
+def decoder_arguments() -> dict[str, tuple[Any, ...]]:
+    """A description of one layer of width 16, with one head."""
+    library = native.library()
+    norm, matrix, table = torch.ones(16), packed.allocate(16 * 64), torch.ones(9, 16)
+    cache = torch.zeros(4, 1, 4, 16)
+    description = torch.zeros(library.functions.aserve_decoder_bytes(1), dtype=torch.uint8)
+    stack = (description, 1, 1, 1, 16, norm, 1e-6)
+    weight = (description, 0, 6, matrix, norm, 0, 16, 16)
+    layer = (description, 0, norm, norm, norm, norm, norm, norm, table, False, 0.3, 0, 0.0, 0, 1e-6)
+    library.decoder_stack(*stack)
+    for which in range(7):
+        library.decoder_weight(description, 0, which, matrix, None, 0, 16, 16)
+    library.decoder_layer(*layer)
+    library.decoder_cache(description, 0, cache, cache.clone())
+    rows = (torch.tensor([0, 2], dtype=torch.int32), torch.tensor([2], dtype=torch.int32))
+    rows += (torch.zeros(1, 1, dtype=torch.int32),)
+    slots = torch.tensor([0, 1])
+    return {
+        "decoder_stack": tuple(x.clone() if x is description else x for x in stack),
+        "decoder_weight": weight,
+        "decoder_layer": layer,
+        "decoder_cache": (description, 0, cache, cache.clone()),
+        "decoder_forward": (description, torch.randn(2, 16), slots, *rows, slots.clone(), torch.randn(2, 16)),
     }
 
 

@@ -58,6 +58,14 @@ def test_a_device_faster_than_stated_raises_the_peak() -> None:
     assert fitted.device.bandwidth == pytest.approx(600e9, rel=0.05)
 
 
+def test_host_times_are_a_line_over_the_tokens() -> None:
+    timed = [dataclasses.replace(step, host_seconds=2e-4 + 1e-5 * step.samples) for step in steps()]
+    device = fit(PRESETS["cpu-smollm2"], Measured(timed))[0].device
+    assert (device.host_seconds, device.host_token_seconds) == pytest.approx((2e-4, 1e-5))
+    some = [*timed[:-1], steps()[-1]]
+    assert fit(PRESETS["cpu-smollm2"], Measured(some))[0].device.host_seconds == TRUTH.host_seconds
+
+
 def test_a_file_of_steps(tmp_path) -> None:
     path = tmp_path / "steps.json"
     each = [dataclasses.asdict(step) for step in steps()]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 
+from aserve.errors import ConfigError
 from aserve.server import cli
 from aserve.simulate import compare, policy
 from aserve.simulate.device import PRESETS
@@ -46,6 +48,15 @@ def test_saturation_lies_where_the_limits_stop_holding() -> None:
     above = min(rate for rate in found.rates if rate > found.rate)
     assert at[above]["attainment"] < 0.9
     assert above - found.rate <= 0.02 * found.capacity
+
+
+def test_the_capacity_leaves_filling_and_draining_out() -> None:
+    base = scenario(chosen={"max_num_seqs": 8})
+    run = compare.simulate(base.at_rate(math.inf))
+    assert compare.steady_throughput(run) > summary(run, {})["request_throughput"]
+    run.outcomes = run.outcomes[:9]
+    with pytest.raises(ConfigError, match="too few"):
+        compare.steady_throughput(run)
 
 
 def test_no_rate_keeps_limits_that_are_too_tight() -> None:
@@ -94,6 +105,17 @@ def test_a_comparison_prints_a_line_per_choice(tmp_path, capsys) -> None:
     ]
     runs = json.loads(path.read_text())["runs"]
     assert runs[3]["choices"] == {"chunked_prefill": False, "rate": 50.0}
+
+
+def test_what_the_engine_would_refuse_is_left_out(capsys) -> None:
+    argv = ["simulate", *SMALL, "--jobs", "1", "--compare", "chunked_prefill=on,off"]
+    assert cli.main([*argv, "max_num_batched_tokens=512,4096"]) == 0
+    shown = capsys.readouterr()
+    assert [line.split()[:2] for line in shown.out.splitlines()[1:]] == [["on", "512"], ["on", "4096"]]
+    assert shown.err.count("left out: ") == 2
+    assert cli.main([*argv, "max_num_batched_tokens=512,4096", "--max-model-len", "4000"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert cli.main(["simulate", *SMALL, "--compare", "overlap=2"]) == 2
 
 
 def test_the_search_says_what_it_found(capsys) -> None:

@@ -91,6 +91,24 @@ def test_pairs_and_context_are_those_of_every_token() -> None:
         assert model.of_plan(plan_of(rows, len(rows))) == expected
 
 
+def test_a_window_ends_what_a_token_sees() -> None:
+    rng = random.Random(2)
+    model = PROFILE.step_model(4, window=7)
+    for _ in range(100):
+        rows = [(rng.randrange(20), rng.randrange(2, 20)) for _ in range(rng.randrange(3))]
+        rows += [(rng.randrange(20), 1) for _ in range(rng.randrange(1, 5))]
+        seen = [
+            set(range(max(0, position - 6), position + 1))
+            for start, count in rows
+            for position in range(start, start + count)
+        ]
+        read = [set(range(max(0, start - 6), start + count)) for start, count in rows]
+        expected = PROFILE.step_model(4).cost(
+            sum(count for _, count in rows), 1, sum(map(len, seen)), sum(map(len, read)), len(rows)
+        )
+        assert model.of_plan(plan_of(rows, 1)) == expected
+
+
 def test_copied_and_moved_blocks_cost_their_bytes() -> None:
     model = dataclasses.replace(PROFILE, device=dataclasses.replace(DEVICE, swap_bandwidth=64.0)).step_model(
         4

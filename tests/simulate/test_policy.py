@@ -53,6 +53,7 @@ def test_other_choices_are_refused(text: str) -> None:
     "chosen",
     [
         {"max_num_batched_tokens": 8},
+        {"max_num_batched_tokens": 512, "chunked_prefill": False},
         {"max_num_seqs": 0},
         {"block_size": 0},
         {"num_blocks": 0},

@@ -178,7 +178,7 @@ def test_endless_bad_bytes_are_handed_out_at_bounded_cost(name: str) -> None:
     detokenizer = Detokenizer(tokenizer, [5000])
     lengths = watched(detokenizer)
     got = detokenizer.append([byte_token(name, 0x80)] * 2000)
-    assert sum(map(len, got)) > 1500 and max(lengths) <= 2 * 256 + 8
+    assert sum(map(len, got)) > 1500 and max(lengths, default=0) <= 2 * 256 + 8
     tail = tokenizer.encode(" and on", add_special_tokens=False)
     assert "".join(got + pieces(detokenizer, tail)) == BAD * 2000 + " and on"
     assert len(detokenizer._ids) < 1000
@@ -202,7 +202,52 @@ def test_a_long_text_is_decoded_in_short_stretches(name: str) -> None:
     detokenizer = Detokenizer(tokenizer, tokenizer.encode("A prompt"))
     lengths = watched(detokenizer)
     assert "".join(pieces(detokenizer, ids)) == whole(tokenizer, ids)
-    assert max(lengths) < 20 and len(detokenizer._ids) < 200
+    assert max(lengths, default=0) < 20 and len(detokenizer._ids) < 200
+
+
+def test_every_token_of_a_byte_level_vocabulary_has_the_text_it_decodes_to() -> None:
+    tokenizer = get("smollm2")
+    detokenizer = Detokenizer(tokenizer, [5000], skip_special_tokens=False)
+    lengths = watched(detokenizer)
+    backend = tokenizer.backend_tokenizer
+    for token_id in range(len(tokenizer)):
+        piece = detokenizer.push(token_id) + detokenizer.flush()
+        detokenizer._partial = False
+        assert piece == backend.decode([token_id], skip_special_tokens=False), token_id
+    assert lengths == []
+
+
+def test_added_tokens_of_a_byte_level_tokenizer() -> None:
+    """They are written as they are, unless all their characters happen to stand for bytes."""
+    vocab = {token: index for index, token in enumerate(["a", "Ã", "©", "Ġ"])}
+    backend = Tokenizer(models.BPE(vocab, []))
+    backend.decoder = decoders.ByteLevel()
+    added = ["<x>", "two words", "中", "Ġb", "é", "\ufffd"]
+    backend.add_tokens(added)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    ids = list(range(len(vocab) + len(added)))
+
+    @given(st.lists(st.sampled_from([*ids, len(ids)]), max_size=12))
+    @settings(max_examples=200, deadline=None)
+    def check(chosen: list[int]) -> None:
+        detokenizer = Detokenizer(tokenizer, [0])
+        assert detokenizer._table is not None
+        assert "".join(pieces(detokenizer, chosen)) == whole(tokenizer, chosen)
+
+    check()
+
+
+@pytest.mark.parametrize("decoder", [decoders.WordPiece(), decoders.Metaspace(), None])
+def test_other_decoders_are_asked_themselves(decoder: Any) -> None:
+    vocab = {token: index for index, token in enumerate(["a", "##b", "▁c", "é", "d"])}
+    backend = Tokenizer(models.BPE(vocab, []))
+    if decoder is not None:
+        backend.decoder = decoder
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    detokenizer = Detokenizer(tokenizer, [])
+    assert detokenizer._table is None
+    output = [0, 1, 2, 3, 4, 1]
+    assert "".join(pieces(detokenizer, output)) == whole(tokenizer, output)
 
 
 def test_special_tokens_skipped_or_kept() -> None:

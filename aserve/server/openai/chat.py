@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +14,9 @@ from aserve.messages.inputs import OutputKind
 from aserve.messages.outputs import CompletionOutput, RequestOutput
 from aserve.server import sse
 from aserve.server.connection import EventStream
-from aserve.server.errors import error_event
+from aserve.server.direct import LiveEvents
 from aserve.server.openai import generation, prompts
-from aserve.server.openai.generation import Envelope, Streams, Usage
+from aserve.server.openai.generation import Envelope, Usage
 from aserve.server.openai.logprobs import chat_logprobs
 from aserve.server.openai.models import served_model
 from aserve.server.openai.prompts import Prompt
@@ -77,7 +76,7 @@ async def create_chat_completion() -> Response:
         with closing(streams):
             (result,) = await streams.finals()
         return Response(orjson.dumps(call.response(result)), content_type="application/json")
-    return EventStream(call.events(streams), on_close=streams.close)
+    return EventStream(LiveEvents(streams, call, service().courier), on_close=streams.close)
 
 
 def conversation(messages: list[Message]) -> list[dict[str, str]]:
@@ -138,6 +137,10 @@ class _Call:
         self._usage = Usage(len(prompt.ids))
         self._role = role
         self._echoed = echoed
+        self._opened = False
+        self._finished: set[int] = set()
+        self._plain = not body.logprobs and not body.continuous_usage
+        self._templates: dict[int, sse.Template] = {}
 
     def response(self, result: RequestOutput) -> dict[str, Any]:
         choices = []
@@ -154,43 +157,52 @@ class _Call:
             )
         return {**self._envelope.wrap(choices), "usage": self._usage.as_dict()}
 
-    async def events(self, streams: Streams) -> AsyncIterator[bytes]:
-        finished: set[int] = set()
-        opened = False
-        try:
-            async for _, result in streams:
-                if not opened:
-                    # Not before the first output: an early failure must come first, and clients take
-                    # the time of the first chunk as the time to the first token.
-                    opened = True
-                    for event in self._opening():
-                        yield event
-                for position, output in enumerate(result.outputs):
-                    # With best_of > n, output.index skips; then all outputs come at once.
-                    index = position if self._body.best_of not in (None, self._body.n) else output.index
-                    if index in finished or not (output.token_ids or output.text or output.finished()):
-                        continue
-                    if output.finished():
-                        finished.add(index)
-                    self._usage.completion_tokens += len(output.token_ids)
-                    yield self._chunk(index, {"content": output.text}, output)
-            if self._body.include_usage:
-                yield sse.event({**self._envelope.wrap([]), "usage": self._usage.as_dict()})
-        except Exception as error:  # after the head, every failure is an event
-            yield error_event(error)
-        finally:
-            streams.close()
-        yield sse.DONE
+    def events_of(self, prompt_index: int, result: RequestOutput) -> bytes:
+        found = []
+        if not self._opened:
+            # Not before the first output: an early failure must come first, and clients take the time
+            # of the first chunk as the time to the first token.
+            self._opened = True
+            found += self._opening()
+        for position, output in enumerate(result.outputs):
+            # With best_of > n, output.index skips; then all outputs come at once.
+            index = position if self._body.best_of not in (None, self._body.n) else output.index
+            ended = output.finish_reason is not None
+            if index in self._finished or not (output.token_ids or output.text or ended):
+                continue
+            if ended:
+                self._finished.add(index)
+            self._usage.completion_tokens += len(output.token_ids)
+            if self._plain and not ended:
+                found.append(self._template(index).fill(output.text))
+            else:
+                found.append(sse.event(self._chunk(index, {"content": output.text}, output)))
+        return found[0] if len(found) == 1 else b"".join(found)
+
+    def ending(self) -> bytes:
+        if not self._body.include_usage:
+            return b""
+        return sse.event({**self._envelope.wrap([]), "usage": self._usage.as_dict()})
 
     def _opening(self) -> list[bytes]:
         """Role chunks, then what is echoed, for every choice."""
         choices = range(self._body.n)
-        events = [self._chunk(index, {"role": self._role, "content": ""}) for index in choices]
+        deltas = [{"role": self._role, "content": ""}]
         if self._echoed:
-            events += [self._chunk(index, {"content": self._echoed}) for index in choices]
-        return events
+            deltas.append({"content": self._echoed})
+        return [sse.event(self._chunk(index, delta)) for delta in deltas for index in choices]
 
-    def _chunk(self, index: int, delta: dict[str, str], output: CompletionOutput | None = None) -> bytes:
+    def _template(self, index: int) -> sse.Template:
+        """Chunks of a choice that hold content and nothing else."""
+        template = self._templates.get(index)
+        if template is None:
+            template = sse.Template(lambda text: self._chunk(index, {"content": text}))
+            self._templates[index] = template
+        return template
+
+    def _chunk(
+        self, index: int, delta: dict[str, str], output: CompletionOutput | None = None
+    ) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": index,
             "delta": delta,
@@ -202,7 +214,7 @@ class _Call:
         chunk = self._envelope.wrap([choice])
         if self._body.include_usage:
             chunk["usage"] = self._usage.as_dict() if self._body.continuous_usage else None
-        return sse.event(chunk)
+        return chunk
 
     def _logprobs(self, output: CompletionOutput) -> dict[str, Any] | None:
         if not self._body.logprobs or output.logprobs is None:

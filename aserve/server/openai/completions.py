@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from typing import Any
 
@@ -14,6 +14,7 @@ from aserve.messages.inputs import OutputKind
 from aserve.messages.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from aserve.server import sse
 from aserve.server.connection import EventStream
+from aserve.server.direct import LiveEvents
 from aserve.server.errors import error_event
 from aserve.server.openai import generation, prompts
 from aserve.server.openai.generation import Envelope, Streams, Usage
@@ -71,7 +72,7 @@ async def create_completion() -> Response:
         with closing(streams):
             answer = call.response(await streams.finals())
         return Response(orjson.dumps(answer), content_type="application/json")
-    events = call.one_event(streams) if whole else call.events(streams)
+    events = call.one_event(streams) if whole else LiveEvents(streams, call, service().courier)
     return EventStream(events, on_close=streams.close)
 
 
@@ -92,6 +93,18 @@ class _Choice:
         self._first_text = first_text
         self._echo_due = body.echo
         self._logprobs = LegacyLogprobs() if body.logprobs is not None else None
+        self._template: sse.Template | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether the echo, if one was asked for, is out."""
+        return not self._echo_due
+
+    def template(self, wrap: Callable[[dict[str, Any]], dict[str, Any]]) -> sse.Template:
+        """Chunks of this choice that hold text and nothing else; ``wrap`` makes a chunk of a piece."""
+        if self._template is None:
+            self._template = sse.Template(lambda text: wrap(self._piece(text, None, None, None)))
+        return self._template
 
     def piece(self, result: RequestOutput, output: CompletionOutput) -> dict[str, Any]:
         self.finished = output.finished()
@@ -108,12 +121,21 @@ class _Choice:
         logprobs = None
         if self._logprobs is not None:
             logprobs = self._logprobs.format(ids, positions, self._first_text)
+        return self._piece(text, logprobs, output.finish_reason, output.stop_reason)
+
+    def _piece(
+        self,
+        text: str,
+        logprobs: dict[str, Any] | None,
+        finish_reason: str | None,
+        stop_reason: int | str | None,
+    ) -> dict[str, Any]:
         return {
             "index": self.index,
             "text": text,
             "logprobs": logprobs,
-            "finish_reason": output.finish_reason,
-            "stop_reason": output.stop_reason,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
         }
 
 
@@ -125,6 +147,8 @@ class _Call:
     ) -> None:
         self._body = body
         self._envelope = envelope
+        # Chunks that hold text and nothing else that changes are made from templates.
+        self._plain = body.logprobs is None and not body.continuous_usage and body.max_tokens != 0
         self._usage = Usage(sum(len(prompt.ids) for prompt in asked))
         texts = first_texts or [""] * len(asked)
         self._choices = [
@@ -151,28 +175,30 @@ class _Call:
             streams.close()
         yield sse.DONE
 
-    async def events(self, streams: Streams) -> AsyncIterator[bytes]:
-        try:
-            async for prompt_index, result in streams:
-                for output in result.outputs:
-                    choice = self._choices[prompt_index][output.index]
-                    if choice.finished or not _news(output, self._body.max_tokens == 0):
-                        continue
-                    self._usage.completion_tokens += len(output.token_ids)
-                    yield self._chunk([choice.piece(result, output)])
-            if self._body.include_usage:
-                yield sse.event({**self._envelope.wrap([]), "usage": self._usage.as_dict()})
-        except Exception as error:  # after the head, every failure is an event
-            yield error_event(error)
-        finally:
-            streams.close()
-        yield sse.DONE
+    def events_of(self, prompt_index: int, result: RequestOutput) -> bytes:
+        prompt_only = self._body.max_tokens == 0
+        found = []
+        for output in result.outputs:
+            choice = self._choices[prompt_index][output.index]
+            if choice.finished or not _news(output, prompt_only):
+                continue
+            self._usage.completion_tokens += len(output.token_ids)
+            if self._plain and choice.begun and output.finish_reason is None:
+                found.append(choice.template(self._chunk).fill(output.text))
+            else:
+                found.append(sse.event(self._chunk(choice.piece(result, output))))
+        return found[0] if len(found) == 1 else b"".join(found)
 
-    def _chunk(self, pieces: list[dict[str, Any]]) -> bytes:
-        chunk = self._envelope.wrap(pieces)
+    def ending(self) -> bytes:
+        if not self._body.include_usage:
+            return b""
+        return sse.event({**self._envelope.wrap([]), "usage": self._usage.as_dict()})
+
+    def _chunk(self, piece: dict[str, Any]) -> dict[str, Any]:
+        chunk = self._envelope.wrap([piece])
         if self._body.include_usage:
             chunk["usage"] = self._usage.as_dict() if self._body.continuous_usage else None
-        return sse.event(chunk)
+        return chunk
 
 
 def _news(output: CompletionOutput, prompt_only: bool) -> bool:

@@ -30,6 +30,11 @@ class Streams:
         self._pulls: dict[int, asyncio.Task[RequestOutput]] = {}
         self._pulled: asyncio.Queue[tuple[int, asyncio.Task[RequestOutput]]] | None = None
 
+    @property
+    def only(self) -> OutputStream | None:
+        """The one stream of a call with one prompt."""
+        return self._streams[0] if len(self._streams) == 1 else None
+
     def __aiter__(self) -> Streams:
         return self
 

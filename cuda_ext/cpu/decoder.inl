@@ -1,0 +1,536 @@
+// All decoder layers of a step in one parallel region.
+//
+// Up to kAloneTokens tokens every member keeps the residual stream for itself and computes norms and
+// ready activations redundantly, so that a layer has five barriers. For more tokens rows are divided too,
+// at three barriers more. Columns are divided by groups; for many tokens in small parts that members draw,
+// so that one that loses its core for a while does not hold up the others.
+//
+// Query and key heads are turned, and keys and values stored, by the member that computed them, before
+// the barrier. None of the divisions changes a result: each row of an output is computed whole, by
+// operations that depend on nothing else.
+
+// With -DASERVE_PROFILE: the time stamp counter's ticks of member 0 in each phase.
+#ifdef ASERVE_PROFILE
+#define PROFILE(phase)                          \
+  if (member_.index == 0) {                     \
+    const uint64_t stamp = __builtin_ia32_rdtsc(); \
+    decoder_ticks[phase] += stamp - stamp_;     \
+    stamp_ = stamp;                             \
+  }
+#else
+#define PROFILE(phase)
+#endif
+
+constexpr int64_t kAloneTokens = 3;
+constexpr int64_t kDrawTokens = 16;     // from so many on, parts are drawn
+constexpr int64_t kDrawParts = 8;       // a member
+constexpr int64_t kMlpRows = 256;       // of a block of gate and up
+constexpr int64_t kMlpFloats = 48 << 10;  // of such a block: it stays in the second-level cache
+
+__attribute__((noinline)) void norm_floats(const float* x, const float* weight, int64_t size, float eps, float* out) {
+  const int64_t whole = size / W * W;
+  const int rest = static_cast<int>(size - whole);
+  V squares = zero();
+  for (int64_t i = 0; i < whole; i += W) {
+    const V v = load(x + i);
+    squares = fma(v, v, squares);
+  }
+  if (rest > 0) {
+    const V v = load(x + whole, rest);
+    squares = fma(v, v, squares);
+  }
+  const V scale = set1(1.0f / __builtin_sqrtf(hsum(squares) / static_cast<float>(size) + eps));
+  for (int64_t i = 0; i < whole; i += W) store(out + i, mul(mul(load(x + i), scale), load(weight + i)));
+  if (rest > 0) store(out + whole, mul(mul(load(x + whole, rest), scale), load(weight + whole, rest)), rest);
+}
+
+inline void add_floats(float* x, const float* y, int64_t size) {
+  const int64_t whole = size / W * W;
+  const int rest = static_cast<int>(size - whole);
+  for (int64_t i = 0; i < whole; i += W) store(x + i, add(load(x + i), load(y + i)));
+  if (rest > 0) store(x + whole, add(load(x + whole, rest), load(y + whole, rest)), rest);
+}
+
+inline void gate_floats(Activation kind, const float* gate, const float* up, float* out, int64_t count) {
+  switch (kind) {
+    case Activation::silu:
+      return gate_row<float, Activation::silu>(gate, up, out, count);
+    case Activation::gelu_tanh:
+      return gate_row<float, Activation::gelu_tanh>(gate, up, out, count);
+    default:
+      return gate_row<float, Activation::gelu_erf>(gate, up, out, count);
+  }
+}
+
+// The two layouts that ready activations can have.
+constexpr int kLayouts = 2;
+constexpr int ready_layout(Format format) { return is_dense(format) ? 0 : 1; }
+
+struct DrawCounter {
+  alignas(64) int64_t next;
+};
+
+// Buffers of a call. Null ones are not used.
+struct DecoderMemory {
+  uint8_t* ready_hidden[kLayouts];  // [tokens] rows of the residual stream, normed
+  uint8_t* ready_attended;
+  float* x;  // residual stream [tokens, hidden]
+};
+
+struct DecoderCall {
+  const DecoderArgs* args;
+  bool alone, draw;
+  int64_t delta_stride, gate_groups;  // gate_groups: of a block
+  float *q, *k, *v, *attended;        // [tokens, heads * head_size]
+  float* delta;                       // [tokens, delta_stride]: what a sublayer adds to the residual stream
+  uint8_t* ready_mlp;                 // [tokens] rows of down's input
+  DecoderMemory shared;
+  uint8_t* members;
+  size_t member_bytes;
+  AttentionPlan* plans[kMaxWindows];
+  DrawCounter counters[4];
+};
+
+// The most that any layer needs.
+struct DecoderSizes {
+  size_t ready_hidden[kLayouts], ready_attended, ready_mlp, scratch;  // bytes, of a row
+};
+
+inline DecoderSizes decoder_sizes(const DecoderArgs& a) {
+  const auto grow = [](size_t& size, size_t wanted) { size = wanted > size ? wanted : size; };
+  DecoderSizes s = {};
+  for (int64_t i = 0; i < a.stack->layers; i++) {
+    const DecoderLayer& l = a.layers[i];
+    const PackedWeight* const weights[] = {&l.q, &l.k, &l.v, &l.gate, &l.up, &l.out, &l.down};
+    for (int w = 0; w < 5; w++)
+      grow(s.ready_hidden[ready_layout(weights[w]->format)],
+           ready_bytes(weights[w]->format, weights[w]->columns));
+    grow(s.ready_attended, ready_bytes(l.out.format, l.out.columns));
+    grow(s.ready_mlp, ready_bytes(l.down.format, l.down.columns));
+    for (const PackedWeight* w : weights)
+      grow(s.scratch, whole_lines(scratch_bytes(w->format, w->columns)));
+  }
+  return s;
+}
+
+// Cuts buffers from memory; with memory null it only counts.
+struct Cutter {
+  uint8_t* memory;
+  size_t used;
+  uint8_t* bytes(size_t count) {
+    uint8_t* const start = memory == nullptr ? nullptr : memory + used;
+    used += whole_lines(count);
+    return start;
+  }
+  float* floats(int64_t count) { return reinterpret_cast<float*>(bytes(static_cast<size_t>(count) * sizeof(float))); }
+};
+
+inline DecoderMemory cut_memory(Cutter& cut, const DecoderSizes& s, int64_t tokens) {
+  DecoderMemory m = {};
+  const size_t rows = static_cast<size_t>(tokens);
+  for (int i = 0; i < kLayouts; i++)
+    if (s.ready_hidden[i] > 0) m.ready_hidden[i] = cut.bytes(rows * s.ready_hidden[i]);
+  m.ready_attended = cut.bytes(rows * s.ready_attended);
+  return m;
+}
+
+// One member's work in a call.
+class DecoderWorker {
+ public:
+  DecoderWorker(DecoderCall& call, Member& member)
+      : call_(call), a_(*call.args), stack_(*call.args->stack), member_(member), memory_(call.shared) {
+    const DecoderSizes sizes = decoder_sizes(a_);
+    Cutter cut = {call.members, call.member_bytes * static_cast<size_t>(member.index)};
+    place(cut, sizes);
+  }
+
+  // What `place` cuts for one member.
+  static size_t bytes(DecoderCall& call, const DecoderSizes& sizes) {
+    Cutter cut = {nullptr, 0};
+    DecoderMemory memory;
+    float* f;
+    uint8_t* b;
+    cut_member(cut, call, sizes, memory, f, f, b);
+    return cut.used;
+  }
+
+  void run() {
+    for (int64_t i = 0; i < stack_.layers; i++) {
+      const DecoderLayer& l = a_.layers[i];
+      const float* before = i > 0 ? a_.layers[i - 1].post_mlp_norm : nullptr;
+      rows([&](int64_t t) {
+        if (i == 0) {
+          __builtin_memcpy(x(t), a_.x + t * stack_.hidden, static_cast<size_t>(stack_.hidden) * sizeof(float));
+        } else {
+          add_sublayer(t, before, a_.layers[i - 1].eps);
+        }
+        ready_hidden(t, l.input_norm, l.eps, needs({&l.q, &l.k, &l.v}), l.q.columns);
+      });
+      PROFILE(0)
+      project(l);
+      if (member_.index == 0) attention_begin(*call_.plans[l.window]);
+      PROFILE(1)
+      sync();
+      PROFILE(7)
+      attend(l);
+      PROFILE(2)
+      sync();
+      PROFILE(7)
+      const size_t attended = ready_bytes(l.out.format, l.out.columns);
+      rows([&](int64_t t) {
+        linear_prepare(l.out.format, call_.attended + t * l.out.columns, l.out.columns, 0, l.out.columns,
+                       memory_.ready_attended + static_cast<size_t>(t) * attended);
+      });
+      PROFILE(0)
+      product(l.out, memory_.ready_attended);
+      PROFILE(3)
+      sync();
+      PROFILE(7)
+      rows([&](int64_t t) {
+        add_sublayer(t, l.post_attention_norm, l.eps);
+        ready_hidden(t, l.pre_mlp_norm, l.eps, needs({&l.gate, &l.up}), l.gate.columns);
+      });
+      PROFILE(0)
+      gate_and_up(l);
+      PROFILE(4)
+      sync();
+      PROFILE(7)
+      product(l.down, call_.ready_mlp);
+      PROFILE(5)
+      sync();
+      PROFILE(7)
+    }
+    finish();
+    PROFILE(0)
+  }
+
+ private:
+  static void cut_member(Cutter& cut, const DecoderCall& call, const DecoderSizes& sizes, DecoderMemory& memory,
+                         float*& row, float*& block, uint8_t*& scratch) {
+    const DecoderArgs& a = *call.args;
+    if (call.alone) {
+      memory = cut_memory(cut, sizes, a.tokens);
+      memory.x = cut.floats(a.tokens * a.stack->hidden);
+    }
+    row = cut.floats(a.stack->hidden);
+    block = cut.floats(2 * minimum(a.tokens, kMlpRows) * call.gate_groups * kGroup);
+    scratch = cut.bytes(sizes.scratch);
+    cut.bytes(64);  // the next member's first line is not fetched beside this one's last
+  }
+
+  void place(Cutter& cut, const DecoderSizes& sizes) {
+    cut_member(cut, call_, sizes, memory_, row_, block_, scratch_);
+  }
+
+  void sync() {
+    // This counter was last used before the last barrier but one, and is not used before the next.
+    if (member_.index == 0) __atomic_store_n(&call_.counters[(phase_ + 2) % 4].next, 0, __ATOMIC_RELAXED);
+    member_.sync();
+    phase_++;
+  }
+
+  // body(first, last) over parts of [0, count) that begin at multiples of `multiple`. A barrier follows.
+  template <typename F>
+  void share(int64_t count, int64_t multiple, const F& body) {
+    const int64_t units = ceil_div(count, multiple);
+    const auto part = [&](int64_t i, int64_t parts) {
+      const int64_t first = units * i / parts, last = units * (i + 1) / parts;
+      if (first < last) body(first * multiple, minimum(count, last * multiple));
+    };
+    if (!call_.draw) return part(member_.index, member_.count);
+    const int64_t parts = minimum(units, member_.count * kDrawParts);
+    int64_t& next = call_.counters[phase_ % 4].next;
+    for (int64_t i = draw(next); i < parts; i = draw(next)) part(i, parts);
+  }
+  static int64_t draw(int64_t& next) { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+
+  // body(t) over all rows for each member alone, or once over all, complete on return.
+  template <typename F>
+  void rows(const F& body) {
+    if (call_.alone) {
+      for (int64_t t = 0; t < a_.tokens; t++) body(t);
+      return;
+    }
+    share(a_.tokens, call_.draw ? 4 : 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; t++) body(t);
+    });
+    PROFILE(0)
+    sync();
+    PROFILE(7)
+  }
+
+  float* x(int64_t t) { return memory_.x + t * stack_.hidden; }
+
+  void add_sublayer(int64_t t, const float* post_norm, float eps) {
+    const float* delta = call_.delta + t * call_.delta_stride;
+    if (post_norm != nullptr) {
+      norm_floats(delta, post_norm, stack_.hidden, eps, row_);
+      delta = row_;
+    }
+    add_floats(x(t), delta, stack_.hidden);
+  }
+
+  // For each layout a weight that wants it, or null.
+  struct Needs {
+    const PackedWeight* weight[kLayouts];
+  };
+  template <size_t N>
+  static Needs needs(const PackedWeight* const (&weights)[N]) {
+    Needs n = {};
+    for (const PackedWeight* w : weights) n.weight[ready_layout(w->format)] = w;
+    return n;
+  }
+
+  void ready_hidden(int64_t t, const float* norm, float eps, const Needs& needed, int64_t columns) {
+    norm_floats(x(t), norm, columns, eps, row_);
+    for (int i = 0; i < kLayouts; i++) {
+      if (needed.weight[i] == nullptr) continue;
+      const Format format = needed.weight[i]->format;
+      linear_prepare(format, row_, columns, 0, columns,
+                     memory_.ready_hidden[i] + static_cast<size_t>(t) * ready_bytes(format, columns));
+    }
+  }
+
+  const void* hidden_for(const PackedWeight& w) const { return memory_.ready_hidden[ready_layout(w.format)]; }
+
+  void product(const PackedWeight& w, const uint8_t* ready) {
+    share(w.groups(), call_.draw ? 2 : 1, [&](int64_t first, int64_t last) {
+      linear_multiply(w, ready, a_.tokens, first, last, call_.delta, call_.delta_stride, scratch_);
+    });
+  }
+
+  // Queries, keys and values: turned and stored. Divided between whole heads, values also within.
+  void project(const DecoderLayer& l) {
+    const int64_t head_groups = stack_.head_size / kGroup;
+    const int64_t q_end = stack_.q_heads * head_groups, k_end = q_end + stack_.kv_heads * head_groups;
+    const int64_t v_end = k_end + stack_.kv_heads * head_groups;
+    const auto edge = [&](int64_t group) {
+      return group > k_end ? group : (group + head_groups / 2) / head_groups * head_groups;
+    };
+    share(v_end, 1, [&](int64_t first, int64_t last) {
+      first = edge(first);
+      last = edge(last);
+      const auto groups = [&](const PackedWeight& w, int64_t begin, int64_t end, float* out, const auto& then) {
+        const int64_t from = maximum(first, begin) - begin, to = minimum(last, end) - begin;
+        if (from >= to) return;
+        linear_multiply(w, hidden_for(w), a_.tokens, from, to, out, w.rows, scratch_);
+        then(from, to);
+      };
+      groups(l.q, 0, q_end, call_.q, [&](int64_t from, int64_t to) {
+        turn_queries(l, from / head_groups, to / head_groups);
+      });
+      with_type(stack_.cache_dtype, [&](auto element) {
+        using T = typename Plain<decltype(element)>::type;
+        groups(l.k, q_end, k_end, call_.k, [&](int64_t from, int64_t to) {
+          store_keys<T>(l, from / head_groups, to / head_groups);
+        });
+        groups(l.v, k_end, v_end, call_.v, [&](int64_t from, int64_t to) { store_values<T>(l, from, to); });
+      });
+    });
+  }
+
+  const float* cos_sin(const DecoderLayer& l, int64_t t) const {
+    return l.cos_sin + a_.positions[t] * l.rotary_size;
+  }
+
+  int64_t cache_place(int64_t t) const {
+    return a_.slots[t] / stack_.block_size * stack_.cache_block + a_.slots[t] % stack_.block_size * stack_.cache_slot;
+  }
+
+  void turn_queries(const DecoderLayer& l, int64_t first_head, int64_t last_head) {
+    const int64_t size = stack_.head_size;
+    for (int64_t t = 0; t < a_.tokens; t++) {
+      for (int64_t h = first_head; h < last_head; h++) {
+        float* head = call_.q + (t * stack_.q_heads + h) * size;
+        if (l.q_norm != nullptr) norm_floats(head, l.q_norm, size, l.eps, head);
+        rotate_head(head, head, cos_sin(l, t), static_cast<int>(l.rotary_size), static_cast<int>(size), l.interleaved);
+      }
+    }
+  }
+
+  template <typename T>
+  void store_keys(const DecoderLayer& l, int64_t first_head, int64_t last_head) {
+    const int64_t size = stack_.head_size;
+    for (int64_t t = 0; t < a_.tokens; t++) {
+      T* to = static_cast<T*>(l.k_cache) + cache_place(t);
+      for (int64_t h = first_head; h < last_head; h++) {
+        float* head = call_.k + (t * stack_.kv_heads + h) * size;
+        if (l.k_norm != nullptr) norm_floats(head, l.k_norm, size, l.eps, head);
+        rotate_head(head, to + h * stack_.cache_head, cos_sin(l, t), static_cast<int>(l.rotary_size),
+                    static_cast<int>(size), l.interleaved);
+      }
+    }
+  }
+
+  template <typename T>
+  void store_values(const DecoderLayer& l, int64_t first_group, int64_t last_group) {
+    const int64_t size = stack_.head_size, width = stack_.kv_heads * size;
+    for (int64_t t = 0; t < a_.tokens; t++) {
+      T* to = static_cast<T*>(l.v_cache) + cache_place(t);
+      for (int64_t n = first_group * kGroup; n < last_group * kGroup; n += kGroup)
+        copy_row(call_.v + t * width + n, to + n / size * stack_.cache_head + n % size, static_cast<int>(kGroup));
+    }
+  }
+
+  void attend(const DecoderLayer& l) {
+    AttentionArgs args = call_.plans[l.window]->shape;
+    args.q = call_.q;
+    args.out = call_.attended;
+    args.k_cache = l.k_cache;
+    args.v_cache = l.v_cache;
+    args.scale = l.scale;
+    args.softcap = l.softcap;
+    attention_part(*call_.plans[l.window], args, member_.index);
+  }
+
+  // Gate and up of the same columns, their product made ready for down.
+  void gate_and_up(const DecoderLayer& l) {
+    const int64_t width = l.gate.rows, block_width = call_.gate_groups * kGroup;
+    const size_t ready = ready_bytes(l.down.format, width);
+    share(l.gate.groups(), call_.draw || !is_dense(l.down.format) ? 2 : 1, [&](int64_t first, int64_t last) {
+      for (int64_t top = 0; top < a_.tokens; top += kMlpRows) {
+        const int64_t count = minimum(kMlpRows, a_.tokens - top);
+        float *gate = block_, *up = block_ + count * block_width;
+        for (int64_t group = first; group < last; group += call_.gate_groups) {
+          const int64_t end = minimum(last, group + call_.gate_groups), column = group * kGroup;
+          const auto multiply = [&](const PackedWeight& w, float* out) {
+            const uint8_t* from = static_cast<const uint8_t*>(hidden_for(w));
+            // The kernel places a group at its own columns, hence the shifted start.
+            linear_multiply(w, from + static_cast<size_t>(top) * ready_bytes(w.format, w.columns), count, group, end,
+                            out - column, block_width, scratch_);
+          };
+          multiply(l.gate, gate);
+          multiply(l.up, up);
+          const int64_t columns = minimum(end * kGroup, width) - column;
+          for (int64_t i = 0; i < count; i++) {
+            float* product = gate + i * block_width;
+            gate_floats(l.activation, product, up + i * block_width, product, columns);
+            linear_prepare(l.down.format, product, width, column, columns,
+                           call_.ready_mlp + static_cast<size_t>(top + i) * ready);
+          }
+        }
+      }
+    });
+  }
+
+  void finish() {
+    const DecoderLayer& l = a_.layers[stack_.layers - 1];
+    const auto row = [&](int64_t t) {
+      add_sublayer(t, l.post_mlp_norm, l.eps);
+      norm_floats(x(t), stack_.final_norm, stack_.hidden, stack_.final_eps, a_.out + t * stack_.hidden);
+    };
+    if (call_.alone) {
+      for (int64_t t = member_.index; t < a_.tokens; t += member_.count) row(t);
+      return;
+    }
+    share(a_.tokens, 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; t++) row(t);
+    });
+  }
+
+  DecoderCall& call_;
+  const DecoderArgs& a_;
+  const DecoderStack& stack_;
+  Member& member_;
+  DecoderMemory memory_;
+  float *row_, *block_;
+  uint8_t* scratch_;
+  int64_t phase_ = 0;
+#ifdef ASERVE_PROFILE
+  uint64_t stamp_ = __builtin_ia32_rdtsc();
+#endif
+};
+
+#undef PROFILE
+
+inline Status check_tokens(const DecoderArgs& a) {
+  const DecoderStack& s = *a.stack;
+  int64_t positions = a.layers[0].max_position;
+  for (int64_t i = 1; i < s.layers; i++) positions = minimum(positions, a.layers[i].max_position);
+  for (int64_t t = 0; t < a.tokens; t++) {
+    if (a.positions[t] < 0 || a.positions[t] >= positions) return Status::bad_position;
+    if (a.slots[t] < 0 || a.slots[t] >= s.num_blocks * s.block_size) return Status::bad_slot;
+  }
+  return Status::ok;
+}
+
+inline AttentionArgs attention_shape(const DecoderArgs& a, int64_t window) {
+  const DecoderStack& s = *a.stack;
+  AttentionArgs shape = {};
+  shape.query_start = a.query_start;
+  shape.seq_lens = a.seq_lens;
+  shape.block_tables = a.block_tables;
+  shape.rows = a.rows;
+  shape.q_heads = s.q_heads;
+  shape.kv_heads = s.kv_heads;
+  shape.head_size = s.head_size;
+  shape.q_token = s.q_heads * s.head_size;
+  shape.q_head = s.head_size;
+  shape.cache_block = s.cache_block;
+  shape.cache_head = s.cache_head;
+  shape.cache_slot = s.cache_slot;
+  shape.block_size = s.block_size;
+  shape.num_blocks = s.num_blocks;
+  shape.max_blocks = a.max_blocks;
+  shape.table_stride = a.table_stride;
+  shape.window = window;
+  shape.dtype = DType::f32;
+  shape.cache_dtype = s.cache_dtype;
+  return shape;
+}
+
+Status decoder(const DecoderArgs& a, int threads) {
+  const DecoderStack& s = *a.stack;
+  if (a.tokens == 0) return Status::ok;
+  const Status tokens = check_tokens(a);
+  if (tokens != Status::ok) return tokens;
+  DecoderCall call = {};
+  call.args = &a;
+  call.alone = a.tokens <= kAloneTokens;
+  call.draw = a.tokens >= kDrawTokens;
+  call.delta_stride = ceil_div(s.hidden, kGroup) * kGroup;
+  call.gate_groups = maximum(2, kMlpFloats / (2 * kGroup * minimum(a.tokens, kMlpRows)) / 2 * 2);
+  int64_t most = 1;
+  for (int64_t i = 0; i < s.layers; i++) most = maximum(most, a.layers[i].gate.groups());
+  call.gate_groups = minimum(call.gate_groups, (most + 1) / 2 * 2);
+  const DecoderSizes sizes = decoder_sizes(a);
+  call.member_bytes = DecoderWorker::bytes(call, sizes);
+  AttentionArgs shapes[kMaxWindows];
+  size_t plan_bytes[kMaxWindows];
+  for (int i = 0; i < s.num_windows; i++) {
+    shapes[i] = attention_shape(a, s.windows[i]);
+    plan_bytes[i] = attention_plan_bytes(shapes[i], threads);
+  }
+  uint8_t* plans[kMaxWindows];
+  const auto cut_all = [&](Cutter cut) {
+    const int64_t wide = a.tokens * s.q_heads * s.head_size, narrow = a.tokens * s.kv_heads * s.head_size;
+    call.q = cut.floats(wide);
+    call.k = cut.floats(narrow);
+    call.v = cut.floats(narrow);
+    call.attended = cut.floats(wide);
+    call.delta = cut.floats(a.tokens * call.delta_stride);
+    call.ready_mlp = cut.bytes(static_cast<size_t>(a.tokens) * sizes.ready_mlp);
+    if (!call.alone) {
+      call.shared = cut_memory(cut, sizes, a.tokens);
+      call.shared.x = a.out;
+    }
+    for (int i = 0; i < s.num_windows; i++) plans[i] = cut.bytes(plan_bytes[i]);
+    call.members = cut.bytes(call.member_bytes * static_cast<size_t>(threads));
+    return cut.used;
+  };
+  uint8_t* memory = static_cast<uint8_t*>(thread_scratch(cut_all({nullptr, 0})));
+  if (memory == nullptr) return Status::no_memory;
+  cut_all({memory, 0});
+  for (int i = 0; i < s.num_windows; i++) {
+    const Status status = attention_plan(shapes[i], threads, plans[i], &call.plans[i]);
+    if (status != Status::ok) return status;
+  }
+  team_run(
+      threads,
+      [](void* data, Member& member) {
+        DecoderWorker worker(*static_cast<DecoderCall*>(data), member);
+        worker.run();
+      },
+      &call);
+  return Status::ok;
+}
