@@ -201,21 +201,38 @@ void gated(const Tensor& x_, int64_t activation, const Tensor& out_) {
   table(op).gated(a, static_cast<aserve::Activation>(activation), threads());
 }
 
-void copy_blocks(const Tensor& cache_, const Tensor& pairs_) {
-  const char* op = "copy_blocks";
-  const View cache(op, "cache", cache_), pairs(op, "pairs", pairs_);
-  if (cache.dims < 2) refuse(op, "cache must have blocks of at least one dimension");
-  cache.dense_from(1);
+void move_blocks(const char* op, const View& source, const View& target, const Tensor& pairs_) {
+  const View pairs(op, "pairs", pairs_);
+  if (source.dims < 2) refuse(op, source.name, " must have blocks of at least one dimension");
+  source.dense_from(1);
+  target.rank(source.dims).dense_from(1);
+  check_same_type(source, target);
   pairs.rank(2).size(1, 2).typed(aoti_torch_dtype_int64(), "int64").dense_from(0);
   aserve::CopyArgs a = {};
-  a.cache = cache.data;
+  a.source = source.data;
+  a.target = target.data;
   a.pairs = static_cast<const int64_t*>(pairs.data);
   a.count = pairs.sizes[0];
-  a.num_blocks = cache.sizes[0];
-  a.block_bytes = cache.element_bytes();
-  for (int64_t d = 1; d < cache.dims; d++) a.block_bytes *= cache.sizes[d];
-  a.block_stride = cache.strides[0] * cache.element_bytes();
+  a.source_blocks = source.sizes[0];
+  a.target_blocks = target.sizes[0];
+  a.block_bytes = source.element_bytes();
+  for (int64_t d = 1; d < source.dims; d++) {
+    target.size(d, source.sizes[d]);
+    a.block_bytes *= source.sizes[d];
+  }
+  a.source_stride = source.strides[0] * source.element_bytes();
+  a.target_stride = target.strides[0] * target.element_bytes();
   check(op, aserve::copy_blocks(a));
+}
+
+void copy_blocks(const Tensor& cache_, const Tensor& pairs) {
+  const View cache("copy_blocks", "cache", cache_);
+  move_blocks("copy_blocks", cache, cache, pairs);
+}
+
+void swap_blocks(const Tensor& source, const Tensor& target, const Tensor& pairs) {
+  const char* op = "swap_blocks";
+  move_blocks(op, View(op, "source", source), View(op, "target", target), pairs);
 }
 
 void greedy_logprob(const Tensor& logits_, const Tensor& token_, const Tensor& logprob_) {
@@ -256,6 +273,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aserve, m) {
       "Tensor(a!) out) -> ()");
   m.def("gated(Tensor x, int activation, Tensor(a!) out) -> ()");
   m.def("copy_blocks(Tensor(a!) cache, Tensor pairs) -> ()");
+  m.def("swap_blocks(Tensor source, Tensor(a!) target, Tensor pairs) -> ()");
   m.def("greedy_logprob(Tensor logits, Tensor(a!) token, Tensor(b!) logprob) -> ()");
 }
 
@@ -268,5 +286,6 @@ STABLE_TORCH_LIBRARY_IMPL(aserve, CPU, m) {
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("gated", TORCH_BOX(&gated));
   m.impl("copy_blocks", TORCH_BOX(&copy_blocks));
+  m.impl("swap_blocks", TORCH_BOX(&swap_blocks));
   m.impl("greedy_logprob", TORCH_BOX(&greedy_logprob));
 }

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         rotary_embedding,
         silu_and_mul,
         store_kv,
+        swap_blocks,
     )
 else:
     copy_blocks = _chosen.copy_blocks
@@ -38,6 +39,7 @@ else:
     rotary_embedding = _chosen.rotary_embedding
     silu_and_mul = _chosen.silu_and_mul
     store_kv = _chosen.store_kv
+    swap_blocks = _chosen.swap_blocks
 kernels = native.report
 
 __all__ = [
@@ -52,4 +54,5 @@ __all__ = [
     "rotary_embedding",
     "silu_and_mul",
     "store_kv",
+    "swap_blocks",
 ]

@@ -34,6 +34,7 @@ OPERATIONS = (
     "rotary_embedding",
     "silu_and_mul",
     "store_kv",
+    "swap_blocks",
 )
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ _KERNELS = (
     "rope_and_store",
     "rotary_embedding",
     "store_kv",
+    "swap_blocks",
 )
 _SILU, _GELU_TANH, _GELU_ERF = 0, 1, 2
 _CONTIGUOUS = torch.contiguous_format
@@ -97,6 +99,7 @@ class _Library:
         self.rope_and_store = operations.rope_and_store.default
         self.rotary_embedding = operations.rotary_embedding.default
         self.store_kv = operations.store_kv.default
+        self.swap_blocks = operations.swap_blocks.default
 
     def level(self) -> str:
         """The instruction-set level in use, or "none" where the CPU has no level the library knows."""
@@ -320,6 +323,18 @@ def copy_blocks(caches: list[KVCache], pairs: list[tuple[int, int]]) -> None:
     for sides in caches:
         for side in sides:
             kernels.copy_blocks(side, index)
+
+
+def swap_blocks(source: list[KVCache], target: list[KVCache], pairs: list[tuple[int, int]]) -> None:
+    both_here = bool(source and pairs) and target[0][0].is_cpu
+    kernels = _kernels(source[0][0]) if both_here else None
+    if kernels is None:
+        reference.swap_blocks(source, target, pairs)
+        return
+    index = torch.tensor(pairs, dtype=torch.int64)
+    for from_sides, to_sides in zip(source, target, strict=True):
+        for side, other in zip(from_sides, to_sides, strict=True):
+            kernels.swap_blocks(side, other, index)
 
 
 def greedy_logprob(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

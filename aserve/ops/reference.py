@@ -215,6 +215,21 @@ def copy_blocks(caches: list[KVCache], pairs: list[tuple[int, int]]) -> None:
     _copy_at_once(caches, pairs[first:])
 
 
+def swap_blocks(source: list[KVCache], target: list[KVCache], pairs: list[tuple[int, int]]) -> None:
+    """Copies whole blocks, ``(source, target)`` ids, from one cache to another, in every layer.
+
+    The caches have one layer count, dtype and block shape, but may differ in number of blocks and device.
+    No target may come twice.
+    """
+    if not pairs:
+        return
+    for from_sides, to_sides in zip(source, target, strict=True):
+        for side, other in zip(from_sides, to_sides, strict=True):
+            index = torch.tensor(pairs, dtype=torch.long)
+            taken = side[index[:, 0].to(side.device)]
+            other[index[:, 1].to(other.device)] = taken.to(other.device)
+
+
 def _copy_at_once(caches: list[KVCache], pairs: list[tuple[int, int]]) -> None:
     if not pairs or not caches:
         return

@@ -1,14 +1,14 @@
 // Attention over the paged cache: one kernel for decode, prefill, and chunks after a cached prefix.
 //
 // The queries of one row and one KV head, `group` heads times its tokens, are the rows of a matrix
-// (token-major), cut into tiles of kTile. A tile walks the keys in steps of kKeys: the step's keys are
-// turned into float32 columns, multiplied with all queries of the tile, put through an online softmax
-// (Milakov & Gimelshein 2018) and multiplied with the step's values. Every kSegment keys the sums are
-// closed and merged, so that segments can go to different threads.
+// (token-major), cut into tiles of kTile. Keys are taken in segments of kSegment: all scores of a segment,
+// their softmax, then the weighted values. Few queries meet the keys as these are read; many meet them
+// turned into float32 columns, kKeys at a time. Segments are merged in their order by the rule of the online
+// softmax (Milakov & Gimelshein 2018), so that they can go to different threads.
 //
-// A query's result is bit for bit the same whatever shares its tile, batch or thread count: steps and
-// segments lie at fixed key positions, each query has its own chains of additions, and a step or segment
-// it does not see changes nothing.
+// A query's result is bit for bit the same whatever shares its tile, batch or thread count: segments lie at
+// fixed key positions, each query has its own chains of additions, and a key or segment it does not see
+// changes nothing.
 //
 // Use within a parallel region, with one plan (attention_plan.inl) for all layers of a step that have the
 // same rows, heads, cache layout and window:

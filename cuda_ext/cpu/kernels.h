@@ -116,10 +116,11 @@ struct RowsArgs {
 };
 
 struct CopyArgs {
-  void* cache;            // [num_blocks, ...], each block one stretch of memory
-  const int64_t* pairs;   // [count, 2]: source and destination block, copied in this order
-  int64_t count, num_blocks;
-  int64_t block_stride, block_bytes;  // bytes
+  const void* source;    // [source_blocks, ...], each block one stretch of memory
+  void* target;          // likewise; may be source
+  const int64_t* pairs;  // [count, 2]: source and target block, copied in this order
+  int64_t count, source_blocks, target_blocks;
+  int64_t source_stride, target_stride, block_bytes;  // bytes
 };
 
 // What a kernel found wrong with values that only it reads.

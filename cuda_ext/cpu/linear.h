@@ -5,7 +5,7 @@
 // group is filled up with rows of zeros. A dense group is lines of 64 bytes: float32 [columns][16],
 // float16 [columns / 2][2][16], bfloat16 [columns / 2][16][2] (the layout that the CPUs' dot products of
 // bfloat16 pairs take too); an odd last column is paired with zero. Quantised formats are described in
-// quant.inl.
+// quant.h.
 //
 // Activations come as float32 and are first made ready: for a dense format they stay float32, with rows
 // at a distance of ready_bytes, for a quantised one they become int8 codes with a scale for each 32

@@ -13,9 +13,9 @@
 //   scales  for each 32 columns 16 fp16 scales (and 16 fp16 minima), or for the K formats of 16 byte scales
 //           and 16 byte minima (Q6_K: 16 signed scales of each half of the block)
 //   supers  K formats: 16 fp16 scales (and, but for Q6_K, 16 fp16 scales of the minima)
-// and a group zeros up to a multiple of 64 bytes. Nothing is rounded: the codes and scales are those of the file,
-// and but for that filling a group takes the file's bytes (K formats: 0.125 bits a weight more, none for
-// Q6_K, as 6-bit scales become bytes).
+// and a group zeros up to a multiple of 64 bytes. Nothing is rounded: the codes and scales are those of the
+// file, and but for that filling a group takes the file's bytes (Q4_K and Q5_K 0.125 bits a weight more, as
+// their 6-bit scales become bytes).
 //
 // Activations: one Ready for each 32 columns, see below.
 #pragma once
@@ -89,8 +89,8 @@ size_t quant_scratch_bytes(Format format, int64_t columns);
 // Packs `rows` rows of a GGUF tensor: packed row n is the file's row row_order[n], or n where row_order
 // is null. columns: a multiple of the file's block. out: groups * quant_group_bytes, 64-byte aligned,
 // written whole.
-void pack_quant(Format format, const uint8_t* file_rows, const int64_t* row_order, int64_t rows, int64_t columns,
-                uint8_t* out);
+void pack_quant(Format format, const uint8_t* file_rows, const int64_t* row_order, int64_t rows,
+                int64_t columns, uint8_t* out);
 
 // One row of packed weights as float32: the values the file stands for, rounded as the gguf package does.
 void quant_unpack_row(const PackedWeight& weight, int64_t row, float* out);

@@ -4,8 +4,9 @@
 namespace quant {
 
 constexpr int kParts = 2;
-constexpr int kTileRows = 4;
+constexpr int kTileRows = 3;    // with 4, gcc keeps integer sums on the stack
 constexpr int kTileGroups = 1;
+constexpr int kDirectRows = 12, kDirectRows4 = 12;  // see multiply_groups
 
 using Int = __m256i;
 

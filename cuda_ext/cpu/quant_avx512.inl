@@ -6,6 +6,7 @@ namespace quant {
 constexpr int kParts = 1;      // vectors of a line
 constexpr int kTileRows = 6;   // of a register tile over kTileGroups groups
 constexpr int kTileGroups = 2;
+constexpr int kDirectRows = 64, kDirectRows4 = 192;  // see multiply_groups
 
 using Int = __m512i;
 

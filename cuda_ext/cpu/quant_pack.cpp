@@ -156,12 +156,15 @@ size_t quant_group_bytes(Format format, int64_t columns) {
   return static_cast<size_t>((used + 63) / 64 * 64);
 }
 
-size_t quant_scratch_bytes(Format, int64_t columns) { return static_cast<size_t>(columns / 32) * 2 * kExpandedBlock; }
+// Two groups at a time are expanded.
+size_t quant_scratch_bytes(Format, int64_t columns) {
+  return static_cast<size_t>(columns / 32) * 2 * kExpandedBlock;
+}
 
 size_t quant_ready_bytes(int64_t columns) { return static_cast<size_t>(columns / 32) * sizeof(Ready); }
 
-void pack_quant(Format format, const uint8_t* file_rows, const int64_t* row_order, int64_t rows, int64_t columns,
-                uint8_t* out) {
+void pack_quant(Format format, const uint8_t* file_rows, const int64_t* row_order, int64_t rows,
+                int64_t columns, uint8_t* out) {
   const QuantLayout layout = quant_layout(format);
   const size_t group_size = quant_group_bytes(format, columns);
   const int64_t blocks = columns / 32;
@@ -193,7 +196,8 @@ void pack_quant(Format format, const uint8_t* file_rows, const int64_t* row_orde
 void quant_unpack_row(const PackedWeight& weight, int64_t row, float* out) {
   const QuantLayout layout = quant_layout(weight.format);
   const int64_t blocks = weight.columns / 32;
-  const uint8_t* chunk = weight.data + static_cast<size_t>(row / kGroup) * quant_group_bytes(weight.format, weight.columns);
+  const size_t group_size = quant_group_bytes(weight.format, weight.columns);
+  const uint8_t* chunk = weight.data + static_cast<size_t>(row / kGroup) * group_size;
   const int r = static_cast<int>(row % kGroup);
   for (int64_t b = 0; b < blocks; b++, out += 32) {
     const Parts parts = parts_of(layout, chunk_blocks(blocks, b / kChunk * kChunk));

@@ -85,6 +85,32 @@ def test_a_row_does_not_depend_on_its_batch(loaded: ModuleType, level: str, case
         assert torch.equal(attend(loaded, batch.row(0)), together[: case.rows[0][0]])
 
 
+@pytest.mark.parametrize("level", native.LEVELS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(rows=((70, 330),), heads=2 * group, kv_heads=2) for group in range(1, 8)),
+        *(Case(rows=((40, 300),), heads=4, kv_heads=1, head_size=size) for size in (8, 24, 72, 80, 256)),
+        Case(rows=((80, 600),), heads=4, kv_heads=1, window=100, block_size=5),
+        Case(rows=((80, 300),), heads=3, kv_heads=1, softcap=20.0, slopes=True, block_size=48),
+    ],
+    ids=str,
+)
+def test_one_by_one_is_in_chunks_is_at_once(loaded: ModuleType, level: str, case: Case) -> None:
+    """Bit for bit. Chunks of 1 to 5 tokens go by the paths of few queries and of many."""
+    choose(level)
+    tokens = case.rows[0][0]
+    for dtype in DTYPES:
+        batch = make(case, dtype)
+        at_once = attend(loaded, batch)
+        for chunk in (1, 2, 3, 5, 17):
+            pieces = [
+                attend(loaded, batch.row(0, first, min(first + chunk, tokens)))
+                for first in range(0, tokens, chunk)
+            ]
+            assert torch.equal(torch.cat(pieces), at_once), (dtype, chunk)
+
+
 def choose(level: str) -> None:
     try:
         native.select(level)

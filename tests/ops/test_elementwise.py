@@ -8,6 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from aserve.ops import reference
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 7, 8, 15, 16, 17, 576, 2050]
 
@@ -174,6 +176,34 @@ def test_copy_blocks_outside_the_cache(loaded: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swap_blocks(implementation: ModuleType, dtype: torch.dtype) -> None:
+    """From one cache to another with fewer blocks, and back."""
+    inside = [(torch.randn(6, 2, 8, 16).to(dtype), torch.randn(6, 2, 8, 16).to(dtype)) for _ in range(2)]
+    outside = [(torch.randn(3, 2, 8, 16).to(dtype), torch.randn(3, 2, 8, 16).to(dtype)) for _ in range(2)]
+    before = [[side.clone() for side in cache] for cache in inside]
+    kept = [[side.clone() for side in cache] for cache in outside]
+    implementation.swap_blocks(inside, outside, [(5, 0), (1, 2)])
+    implementation.swap_blocks(outside, inside, [(0, 3)])
+    implementation.swap_blocks(outside, inside, [])
+    for layer in range(2):
+        for side in range(2):
+            was, out = before[layer][side], outside[layer][side]
+            assert torch.equal(out, torch.stack([was[5], kept[layer][side][1], was[1]]))
+            assert torch.equal(inside[layer][side], was[torch.tensor([0, 1, 2, 5, 4, 5])])
+
+
+def test_swap_blocks_refuses_other_blocks(loaded: ModuleType) -> None:
+    cache, small = (torch.zeros(3, 2, 8, 16),) * 2, (torch.zeros(2, 2, 8, 16),) * 2
+    for pair in ((0, 2), (3, 0), (-1, 0)):
+        with pytest.raises(RuntimeError, match="block id"):
+            loaded.swap_blocks([cache], [small], [pair])
+    with pytest.raises(RuntimeError, match="must have size 8 in dimension 2"):
+        loaded.swap_blocks([cache], [(torch.zeros(2, 2, 4, 16),) * 2], [(0, 0)])
+    with pytest.raises(RuntimeError, match="one dtype"):
+        loaded.swap_blocks([cache], [(small[0].bfloat16(),) * 2], [(0, 0)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1, 5, 16, 31, 49152 + 3])
 def test_greedy_logprob(implementation: ModuleType, size: int, dtype: torch.dtype) -> None:
     logits = (torch.randn(4, 2 * size) * 3).to(dtype)[:, :size]
@@ -185,9 +215,10 @@ def test_greedy_logprob(implementation: ModuleType, size: int, dtype: torch.dtyp
     want = [row.index(True) for row in (wide == top).tolist()]
     assert token.tolist() == want
     assert token.dtype == torch.int64
-    torch.testing.assert_close(
-        logprob.double(), wide.log_softmax(-1).gather(1, token[:, None])[:, 0], atol=2e-6, rtol=2e-6
-    )
+    # torch adds a float32 row up in longer chains than the kernel does.
+    tolerance = 2e-5 if implementation is reference else 2e-6
+    exact = wide.log_softmax(-1).gather(1, token[:, None])[:, 0]
+    torch.testing.assert_close(logprob.double(), exact, atol=tolerance, rtol=tolerance)
 
 
 def test_greedy_logprob_shows_nan(implementation: ModuleType) -> None:

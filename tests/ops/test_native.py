@@ -204,6 +204,7 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         **decoder_arguments(),
         "gated": (x, 0, x[:, :8].clone()),
         "copy_blocks": (cache, torch.tensor([[0, 1]])),
+        "swap_blocks": (cache, cache.clone(), torch.tensor([[0, 1]])),
         "pack_dense": (x, packed.allocate(16 * 64)),
         "pack_gguf": (
             *(torch.zeros(5 * 34, dtype=torch.uint8), packed.FORMATS["q8_0"], 5, 32),
