@@ -59,6 +59,8 @@ class BlockManager:
         self.prefix_caching = prefix_caching
         self.window = window
         self.lookahead = lookahead
+        # Whether a token that goes to a block its sequence has, alone, changes nothing about blocks.
+        self.simple = not lookahead and window is None
         # Keys are secret, so that nobody can make up tokens whose key is that of others' tokens.
         self._secret = os.urandom(32)
 

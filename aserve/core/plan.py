@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from aserve.core.block_manager import Growth
 from aserve.core.block_pool import NULL_BLOCK
 from aserve.core.sequence import Sequence
 from aserve.messages.step import Fork, NewSequence, StepPlan
 
-
-class Row(NamedTuple):
-    seq: Sequence
-    start: int
-    num_tokens: int
+Row = tuple[Sequence, int, int]
+"""A sequence, its first token to compute, and how many. A plain tuple: a step has hundreds."""
 
 
 @dataclass(slots=True)
@@ -32,6 +28,9 @@ class Ticket:
 class PlanBuilder:
     """Collects rows under a token budget.
 
+    prefills, decodes: rows of several tokens and of one; a plan has the former first, each in the order
+        they were added in.
+    prompt_tokens: tokens of prompts that the rows compute.
     blocks_promised: blocks that sequences admitted in this step will need but have not taken yet.
     cached_tokens: prompt tokens found in the prefix cache by requests that start in this step.
     """
@@ -41,16 +40,20 @@ class PlanBuilder:
         "budget",
         "cached_tokens",
         "copies",
+        "decodes",
         "grown",
+        "prefills",
+        "prompt_tokens",
         "replaced",
-        "rows",
         "swap_ins",
     )
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.blocks_promised = 0
-        self.rows: list[Row] = []
+        self.prefills: list[Row] = []
+        self.decodes: list[Row] = []
+        self.prompt_tokens = 0
         self.grown: list[tuple[Sequence, list[int]]] = []
         self.replaced: list[tuple[int, int, int]] = []
         self.copies: list[tuple[int, int]] = []
@@ -59,7 +62,10 @@ class PlanBuilder:
 
     def add_row(self, seq: Sequence, count: int, growth: Growth) -> None:
         self.budget -= count
-        self.rows.append(Row(seq, seq.num_computed, count))
+        start = seq.num_computed
+        if count > 1 or start < seq.num_prompt_tokens:
+            self.prompt_tokens += count
+        (self.prefills if count > 1 else self.decodes).append((seq, start, count))
         if growth.taken:
             self.grown.append((seq, growth.taken))
         if growth.split is not None:
@@ -67,33 +73,30 @@ class PlanBuilder:
             self.replaced.append((seq.slot, index, copy))
             self.copies.append((source, copy))
 
-    def arrange(self) -> None:
-        """Prefills first, otherwise in order of arrival."""
-        self.rows.sort(key=_is_decode)
+    @property
+    def empty(self) -> bool:
+        return not self.decodes and not self.prefills
 
     def build(
         self,
         step_id: int,
         now: float,
+        rows: list[Row],
         samples: list[tuple[int, Sequence]],
         unsent: list[Sequence],
         forks: list[Fork],
         swap_outs: list[tuple[int, int]],
     ) -> StepPlan:
-        """samples: ``(row, sequence)`` to draw for. unsent: sequences the worker does not know yet."""
+        """rows: prefills, then decodes. samples: ``(row, sequence)`` to draw for. unsent: sequences the
+        worker does not know yet."""
         # Unsent sequences are described whole, so their tables need no growth entries of their own.
         fresh = {seq.slot: seq for seq in unsent if seq.slot >= 0}
-        prefills = prompt_tokens = 0
-        for row in self.rows:
-            if row.num_tokens == 1:
-                break
-            prefills += 1
-            prompt_tokens += row.num_tokens
+        prefills = len(self.prefills)
         return StepPlan(
             step_id=step_id,
-            slots=[row.seq.slot for row in self.rows],
-            starts=[row.start for row in self.rows],
-            counts=[row.num_tokens for row in self.rows],
+            slots=[seq.slot for seq, _, _ in rows],
+            starts=[start for _, start, _ in rows],
+            counts=[count for _, _, count in rows],
             samples=[(row, seq.slot) for row, seq in samples],
             new=[describe(seq) for seq in fresh.values()],
             forks=forks,
@@ -104,11 +107,11 @@ class PlanBuilder:
             block_copies=self.copies,
             num_prefill_rows=prefills,
             ticket=Ticket(
-                rows=[row.seq for row in self.rows],
+                rows=[seq for seq, _, _ in rows],
                 samples=[seq for _, seq in samples],
                 started=now,
                 prefilled=prefills > 0,
-                prompt_tokens=prompt_tokens + self.cached_tokens,
+                prompt_tokens=self.prompt_tokens + self.cached_tokens,
             ),
         )
 
@@ -143,7 +146,3 @@ def describe_fork(child: Sequence, parent: Sequence) -> Fork:
         block_ids=_block_ids(child),
         rng_seed=child.rng_seed,
     )
-
-
-def _is_decode(row: Row) -> bool:
-    return row.num_tokens == 1

@@ -147,12 +147,12 @@ class Scheduler:
         else:
             for group in self.running:
                 for seq in group.seqs:
-                    if seq.num_known - seq.num_computed > 1 and not seq.finished:
+                    if len(seq.token_ids) + seq.in_flight - seq.num_computed > 1 and not seq.finished:
                         self._try_row(step, seq)
             self._admit(step, now, swapped=False)
-            if not step.rows and not self._run_running(step):
+            if step.empty and not self._run_running(step):
                 self._admit(step, now, prompts=False)
-        if not step.rows:
+        if step.empty:
             # A sequence that was ended for its size has made room for others.
             return self.schedule(now) if len(self._capped) > num_capped else None
         return self._make_plan(step, now)
@@ -171,6 +171,7 @@ class Scheduler:
             # Entry i is about token starts[row] + 1 + i; a recomputed prompt brings some a second time.
             have = ticket.rows[row].group.prompt_logprobs
             have.extend(entries[len(have) - plan.starts[row] :])
+        caching, block_size = self.limits.prefix_caching, self.limits.block_size
         failed = result.failed or {}
         details = result.details or {}
         for index, seq in enumerate(ticket.samples):
@@ -190,7 +191,7 @@ class Scheduler:
             group.check_stop(seq)
             if seq.status >= SequenceStatus.FINISHED_STOPPED:
                 self._retire(seq)
-            else:
+            elif caching and (seq.num_published + 1) * block_size <= seq.num_computed:
                 self.blocks.publish(seq)
             changes.tokens.append(TokenUpdate(seq, token, logprob, details.get(index)))
         if not self.groups and self.blocks.num_free != self.blocks.num_blocks:
@@ -210,6 +211,9 @@ class Scheduler:
         position = 0
         while position < len(self.running):
             group = self.running[position]
+            if self._decode_in_place(step, group):
+                position += 1
+                continue
             todo = [seq for seq in group.seqs if self._has_work(seq)]
             for seq in todo:
                 self.blocks.slide(seq)
@@ -226,6 +230,27 @@ class Scheduler:
             if position < len(self.running) and self.running[position] is group:
                 position += 1
         return gave_way
+
+    def _decode_in_place(self, step: PlanBuilder, group: SequenceGroup) -> bool:
+        """Adds the row of a request that computes one token in a block it has: what nearly all do."""
+        seq = group.seqs[0]
+        start = seq.num_computed
+        blocks = self.blocks
+        if (
+            len(group.seqs) > 1
+            or len(seq.token_ids) + seq.in_flight != start + 1
+            or start + 1 >= seq.max_known
+            or start < seq.num_prompt_tokens
+            or not start % blocks.block_size
+            or blocks.pool.refs(seq.blocks[-1]) > 1
+            or not blocks.simple
+            or step.budget < 1
+        ):
+            return False
+        step.budget -= 1
+        step.decodes.append((seq, start, 1))
+        seq.num_computed = start + 1
+        return True
 
     def _has_work(self, seq: Sequence) -> bool:
         # At max_known the sequence ends with the token in flight; there is nothing to compute for it.
@@ -258,6 +283,8 @@ class Scheduler:
         self.num_preemptions += 1
         group.num_preemptions += 1
         seqs = group.unfinished
+        for seq in seqs:
+            self.blocks.slide(seq)
         mode = self.limits.preemption_mode or (SWAP if group.width > 1 else RECOMPUTE)
         moved = self.blocks.swap_out(seqs) if mode == SWAP else None
         if moved is not None:
@@ -402,13 +429,13 @@ class Scheduler:
     # ---------------------------------------------------------------- the plan
 
     def _make_plan(self, step: PlanBuilder, now: float) -> StepPlan:
-        step.arrange()
         forks: list[Fork] = []
         samples: list[tuple[int, Sequence]] = []
-        for row, (seq, _, count) in enumerate(step.rows):
-            if count > 1:
-                self.blocks.publish(seq)
-            if seq.num_computed < seq.num_known:
+        for seq, _, _ in step.prefills:
+            self.blocks.publish(seq)
+        rows = step.prefills + step.decodes
+        for row, (seq, _, _) in enumerate(rows):
+            if seq.num_computed < len(seq.token_ids) + seq.in_flight:
                 continue  # a chunk that leaves some of the prompt for later draws nothing
             seq.in_flight += 1
             samples.append((row, seq))
@@ -417,7 +444,7 @@ class Scheduler:
                     forks.append(describe_fork(child, seq))
                     samples.append((row, child))
         swap_outs = [(here, there) for there, here in self._swap_outs.items()]
-        plan = step.build(self._next_step_id, now, samples, self._unsent, forks, swap_outs)
+        plan = step.build(self._next_step_id, now, rows, samples, self._unsent, forks, swap_outs)
         self._unsent, self._swap_outs = [], {}
         self._next_step_id += 1
         return plan

@@ -303,6 +303,10 @@ class AsyncLLMEngine:
         # Freed blocks or slots may let a waiting request in.
         self._work.set()
 
+    async def check_room(self) -> None:
+        """Raises QueueFullError if a new request would be refused: ask before working on its prompt."""
+        (await self._serving()).check_room(self._tokenizing)
+
     async def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; long texts are tokenised off the loop."""
         return await self._encode(await self._serving(), text, add_special_tokens)

@@ -8,6 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from aserve.ops import reference
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 7, 8, 15, 16, 17, 576, 2050]
 
@@ -213,9 +215,10 @@ def test_greedy_logprob(implementation: ModuleType, size: int, dtype: torch.dtyp
     want = [row.index(True) for row in (wide == top).tolist()]
     assert token.tolist() == want
     assert token.dtype == torch.int64
-    torch.testing.assert_close(
-        logprob.double(), wide.log_softmax(-1).gather(1, token[:, None])[:, 0], atol=2e-6, rtol=2e-6
-    )
+    # torch adds a float32 row up in longer chains than the kernel does.
+    tolerance = 2e-5 if implementation is reference else 2e-6
+    exact = wide.log_softmax(-1).gather(1, token[:, None])[:, 0]
+    torch.testing.assert_close(logprob.double(), exact, atol=tolerance, rtol=tolerance)
 
 
 def test_greedy_logprob_shows_nan(implementation: ModuleType) -> None:

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from aserve.engine.stream import Mailbox, OutputStream
-from aserve.errors import AserveError, EngineBusyError, EngineDeadError
-from aserve.messages.inputs import OutputKind
+from aserve.errors import AserveError, EngineBusyError, EngineDeadError, QueueFullError
+from aserve.messages.inputs import OutputKind, RequestOptions
 from aserve.messages.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
 
 TEXT = "the quick brown fox jumps over the lazy dog. "
@@ -74,6 +74,7 @@ class FakeEngine:
     tick: seconds between tokens.
     gate: no request gets a token before it is set.
     fail_after: tokens after which every request fails with ``failure``.
+    full: every new request is refused with it. cached: prompt tokens said to have been cached.
     loading: ``start`` waits for it. load_error: ``start`` raises it.
     """
 
@@ -100,6 +101,8 @@ class FakeEngine:
         self.failure: AserveError = EngineBusyError("failed on demand")
         self.failed: EngineDeadError | None = None
         self.refusal: str | None = None
+        self.full: QueueFullError | None = None
+        self.cached: int | None = None
         self.submitted: list[SimpleNamespace] = []
         self.aborted: list[str] = []
         self.stopped = False
@@ -130,20 +133,32 @@ class FakeEngine:
     # ---------------------------------------------------------------- requests
 
     async def submit(
-        self, inputs: Any, params: Any, *, request_id: str | None = None, kind: OutputKind = OutputKind.DELTA
+        self,
+        inputs: Any,
+        params: Any,
+        *,
+        request_id: str | None = None,
+        kind: OutputKind = OutputKind.DELTA,
+        options: RequestOptions | None = None,
     ) -> OutputStream:
         self._check_open()
         if request_id is None or request_id in self._running:
             raise KeyError(request_id)
         ids = inputs["prompt_token_ids"]
         self.submitted.append(
-            SimpleNamespace(id=request_id, ids=ids, text=inputs.get("prompt"), params=params, kind=kind)
+            SimpleNamespace(
+                id=request_id, ids=ids, text=inputs.get("prompt"), params=params, kind=kind, options=options
+            )
         )
         mailbox = Mailbox(kind)
         task = asyncio.create_task(self._generate(request_id, ids, params, mailbox))
         self._running[request_id] = (task, mailbox)
         task.add_done_callback(lambda _: self._running.pop(request_id, None))
         return OutputStream(request_id, mailbox, self._abort)
+
+    async def check_room(self) -> None:
+        if self.full is not None:
+            raise self.full
 
     def _check_open(self) -> None:
         if self.failed is not None:
@@ -197,7 +212,9 @@ class FakeEngine:
                 outputs = outputs[width - params.n :]
             delta_kind = mailbox.kind is OutputKind.DELTA
             shown = prompt_logprobs if place == 0 or not delta_kind else None
-            mailbox.put(RequestOutput(request_id, None, ids, shown, outputs, last))
+            output = RequestOutput(request_id, None, ids, shown, outputs, last)
+            output.num_cached_tokens = self.cached
+            mailbox.put(output)
 
     # ---------------------------------------------------------------- draining
 

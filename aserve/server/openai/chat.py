@@ -45,7 +45,10 @@ async def create_chat_completion() -> Response:
         raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     prompts.check_logprobs(body.top_logprobs, limits.max_logprobs, "top_logprobs")
 
+    options = body.options()
+
     messages = conversation(body.messages)
+    await engine.check_room()
     text = await render(engine, messages, add_generation_prompt=body.add_generation_prompt)
     prompt = await prompts.tokenise(
         engine,
@@ -66,7 +69,7 @@ async def create_chat_completion() -> Response:
     # The best of several is known only at the end.
     whole = not body.stream or body.use_beam_search or params.best_of != body.n
     kind = OutputKind.FINAL_ONLY if whole else OutputKind.DELTA
-    streams = await generation.submit(engine, request_id, [prompt], [params], kind)
+    streams = await generation.submit(engine, request_id, [prompt], [params], kind, options)
     role = messages[-1]["role"]
     if body.add_generation_prompt:
         role = service().args.response_role or "assistant"
@@ -144,6 +147,7 @@ class _Call:
 
     def response(self, result: RequestOutput) -> dict[str, Any]:
         choices = []
+        self._usage.see(0, result)
         for index, output in enumerate(result.outputs):
             self._usage.completion_tokens += len(output.token_ids)
             choices.append(
@@ -159,6 +163,7 @@ class _Call:
 
     def events_of(self, prompt_index: int, result: RequestOutput) -> bytes:
         found = []
+        self._usage.see(prompt_index, result)
         if not self._opened:
             # Not before the first output: an early failure must come first, and clients take the time
             # of the first chunk as the time to the first token.

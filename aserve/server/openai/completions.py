@@ -40,8 +40,12 @@ async def create_completion() -> Response:
     if body.max_tokens == 0 and not body.echo:
         raise InvalidRequestError("max_tokens 0 needs echo", param="max_tokens")
 
+    options = body.options()
+
+    items = prompts.split(body.prompt)
+    await engine.check_room()
     asked, params = [], []
-    for item in prompts.split(body.prompt):
+    for item in items:
         prompt = await prompts.tokenise(
             engine,
             item,
@@ -65,7 +69,7 @@ async def create_completion() -> Response:
     # The best of several is known only at the end.
     whole = not body.stream or body.use_beam_search or params[0].best_of != body.n
     kind = OutputKind.FINAL_ONLY if whole else OutputKind.DELTA
-    streams = await generation.submit(engine, request_id, asked, params, kind)
+    streams = await generation.submit(engine, request_id, asked, params, kind, options)
     envelope = Envelope.new(request_id, "text_completion", model)
     call = _Call(body, envelope, asked, first_texts)
     if not body.stream:
@@ -159,7 +163,8 @@ class _Call:
     def response(self, results: list[RequestOutput]) -> dict[str, Any]:
         """The whole answer; ``results`` hold the whole output of each prompt."""
         pieces = []
-        for choices, result in zip(self._choices, results, strict=True):
+        for index, (choices, result) in enumerate(zip(self._choices, results, strict=True)):
+            self._usage.see(index, result)
             # Positions in the result and not output.index, which skips with best_of > n.
             for choice, output in zip(choices, result.outputs, strict=False):
                 self._usage.completion_tokens += len(output.token_ids)
@@ -177,6 +182,7 @@ class _Call:
 
     def events_of(self, prompt_index: int, result: RequestOutput) -> bytes:
         prompt_only = self._body.max_tokens == 0
+        self._usage.see(prompt_index, result)
         found = []
         for output in result.outputs:
             choice = self._choices[prompt_index][output.index]

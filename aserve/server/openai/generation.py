@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from aserve.messages.inputs import OutputKind
+from aserve.messages.inputs import OutputKind, RequestOptions
 from aserve.messages.outputs import RequestOutput
 from aserve.messages.params import SamplingParams
 from aserve.server.openai.prompts import Prompt
@@ -85,13 +85,16 @@ async def submit(
     prompts: Sequence[Prompt],
     params: Sequence[SamplingParams],
     kind: OutputKind,
+    options: RequestOptions,
 ) -> Streams:
     """Submits every prompt, or, if one is refused, none."""
     admitted: list[OutputStream] = []
     try:
         for index, (prompt, chosen) in enumerate(zip(prompts, params, strict=True)):
             own = f"{request_id}-{index}"
-            admitted.append(await engine.submit(prompt.inputs(), chosen, request_id=own, kind=kind))
+            admitted.append(
+                await engine.submit(prompt.inputs(), chosen, request_id=own, kind=kind, options=options)
+            )
     except BaseException:
         Streams(admitted).close()
         raise
@@ -100,17 +103,26 @@ async def submit(
 
 @dataclass
 class Usage:
-    """Token counts of one call."""
+    """Token counts of one call. ``cached``: by prompt, those of its tokens the prefix cache had."""
 
     prompt_tokens: int
     completion_tokens: int = 0
+    cached: dict[int, int] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, int]:
-        return {
+    def see(self, prompt_index: int, result: RequestOutput) -> None:
+        """Takes note of what an output says about its prompt."""
+        if result.num_cached_tokens is not None:
+            self.cached[prompt_index] = result.num_cached_tokens
+
+    def as_dict(self) -> dict[str, Any]:
+        counts: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "completion_tokens": self.completion_tokens,
         }
+        if self.cached:
+            counts["prompt_tokens_details"] = {"cached_tokens": sum(self.cached.values())}
+        return counts
 
 
 @dataclass

@@ -15,6 +15,7 @@ from quart import request
 from werkzeug.exceptions import UnsupportedMediaType
 
 from aserve.errors import InvalidRequestError
+from aserve.messages.inputs import RequestOptions
 from aserve.messages.params import SamplingParams
 from aserve.server.service import service
 
@@ -90,6 +91,9 @@ class SamplingBody(Body):
     echo: Bool = False
     user: Any = None
     response_format: ResponseFormat | None = None
+    priority: Int = 0
+    timeout: Float | None = None
+    cache_salt: str | None = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
@@ -121,6 +125,9 @@ class SamplingBody(Body):
         if self.logit_bias:
             check_token_ids(self._bias_ids(), vocab_size, "logit_bias")
         self._refuse_guided()
+
+    def options(self) -> RequestOptions:
+        return RequestOptions(self.priority, self.timeout, self.cache_salt)
 
     def sampling_params(self, **values: Any) -> SamplingParams:
         """Parameters for the engine; ``values`` are the fields the endpoint works out itself."""
