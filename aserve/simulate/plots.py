@@ -85,9 +85,9 @@ def memory() -> dict[str, str]:
     lines: dict[str, Points] = {}
     base = Scenario(PRESETS["h100x4-70b"], dataclasses.replace(CHAT, count=1500, rate=7.0))
     for name, burstiness in (
-        ("even (gamma shape 4)", 4.0),
+        ("even (gamma 4)", 4.0),
         ("Poisson", 1.0),
-        ("bursts (shape 0.1)", 0.1),
+        ("bursts (gamma 0.1)", 0.1),
     ):
         run = compare.simulate(
             dataclasses.replace(
@@ -98,7 +98,7 @@ def memory() -> dict[str, str]:
         )
         buckets = run.timeline.buckets
         group = max(1, len(buckets) // 120)
-        lines[f"{name}: {run.preemptions} preemptions"] = [
+        lines[f"{name}: {run.preemptions} preempted"] = [
             (buckets[at].start, 100 * max(bucket.kv_usage for bucket in buckets[at : at + group]))
             for at in range(0, len(buckets), group)
         ]
