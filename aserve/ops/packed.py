@@ -258,7 +258,8 @@ class _Arena:
 def _huge_pages(num_bytes: int) -> torch.Tensor:
     """A fresh mapping of at least so many bytes, on huge pages where the system grants them."""
     size = -(-num_bytes // _HUGE_PAGE) * _HUGE_PAGE
-    mapping = mmap.mmap(-1, size + _HUGE_PAGE)
+    # Private: shared memory gets no huge pages on most systems.
+    mapping = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory = torch.frombuffer(mapping, dtype=torch.uint8)
     start = -memory.data_ptr() % _HUGE_PAGE
     if hasattr(mmap, "MADV_HUGEPAGE"):
