@@ -33,7 +33,7 @@
 constexpr int64_t kAloneTokens = 3;
 constexpr int64_t kDrawTokens = 16;     // from so many on, parts are drawn
 constexpr int64_t kDrawParts = 8;       // a member
-constexpr int64_t kMlpRows = 256;       // of a block of gate and up
+constexpr int64_t kPieceRows = 256;     // of the tokens that are multiplied at a time
 constexpr int64_t kMlpFloats = 48 << 10;  // of such a block: it stays in the second-level cache
 
 __attribute__((noinline)) void norm_floats(const float* x, const float* weight, int64_t size, float eps, float* out) {
@@ -222,7 +222,7 @@ class DecoderWorker {
       memory.x = cut.floats(a.tokens * a.stack->hidden);
     }
     row = cut.floats(a.stack->hidden);
-    block = cut.floats(2 * minimum(a.tokens, kMlpRows) * call.gate_groups * kGroup);
+    block = cut.floats(2 * minimum(a.tokens, kPieceRows) * call.gate_groups * kGroup);
     scratch = cut.bytes(sizes.scratch);
     cut.bytes(64);  // the next member's first line is not fetched beside this one's last
   }
@@ -252,6 +252,23 @@ class DecoderWorker {
     for (int64_t i = draw(next); i < parts; i = draw(next)) part(i, parts);
   }
   static int64_t draw(int64_t& next) { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+
+  // body(top, rows, first, last) over pieces of the rows, within each over parts of `groups` as share has them:
+  // a piece's activations stay in cache while members draw the parts of its weights. A barrier follows.
+  template <typename F>
+  void share_pieces(int64_t groups, int64_t multiple, const F& body) {
+    if (a_.tokens <= kPieceRows)
+      return share(groups, multiple, [&](int64_t first, int64_t last) { body(0, a_.tokens, first, last); });
+    const int64_t pieces = ceil_div(a_.tokens, kPieceRows), units = ceil_div(groups, multiple);
+    const int64_t parts = minimum(units, member_.count * kDrawParts);
+    int64_t& next = call_.counters[phase_ % 4].next;
+    for (int64_t i = draw(next); i < pieces * parts; i = draw(next)) {
+      const int64_t piece = i / parts, part = i % parts;
+      const int64_t top = a_.tokens * piece / pieces, end = a_.tokens * (piece + 1) / pieces;
+      const int64_t first = units * part / parts, last = units * (part + 1) / parts;
+      if (first < last) body(top, end - top, first * multiple, minimum(groups, last * multiple));
+    }
+  }
 
   // body(t) over all rows for each member alone, or once over all, complete on return.
   template <typename F>
@@ -300,11 +317,13 @@ class DecoderWorker {
     }
   }
 
-  const void* hidden_for(const PackedWeight& w) const { return memory_.ready_hidden[ready_layout(w.format)]; }
+  const uint8_t* hidden_for(const PackedWeight& w) const { return memory_.ready_hidden[ready_layout(w.format)]; }
 
   void product(const PackedWeight& w, const uint8_t* ready) {
-    share(w.groups(), call_.draw ? 2 : 1, [&](int64_t first, int64_t last) {
-      linear_multiply(w, ready, a_.tokens, first, last, call_.delta, call_.delta_stride, scratch_);
+    const size_t stride = ready_bytes(w.format, w.columns);
+    share_pieces(w.groups(), call_.draw ? 2 : 1, [&](int64_t top, int64_t rows, int64_t first, int64_t last) {
+      linear_multiply(w, ready + static_cast<size_t>(top) * stride, rows, first, last,
+                      call_.delta + top * call_.delta_stride, call_.delta_stride, scratch_);
     });
   }
 
@@ -316,24 +335,28 @@ class DecoderWorker {
     const auto edge = [&](int64_t group) {
       return group > k_end ? group : (group + head_groups / 2) / head_groups * head_groups;
     };
-    share(v_end, 1, [&](int64_t first, int64_t last) {
+    share_pieces(v_end, 1, [&](int64_t top, int64_t rows, int64_t first, int64_t last) {
       first = edge(first);
       last = edge(last);
       const auto groups = [&](const PackedWeight& w, int64_t begin, int64_t end, float* out, const auto& then) {
         const int64_t from = maximum(first, begin) - begin, to = minimum(last, end) - begin;
         if (from >= to) return;
-        linear_multiply(w, hidden_for(w), a_.tokens, from, to, out, w.rows, scratch_);
+        const size_t stride = ready_bytes(w.format, w.columns);
+        linear_multiply(w, hidden_for(w) + static_cast<size_t>(top) * stride, rows, from, to, out + top * w.rows,
+                        w.rows, scratch_);
         then(from, to);
       };
       groups(l.q, 0, q_end, call_.q, [&](int64_t from, int64_t to) {
-        turn_queries(l, from / head_groups, to / head_groups);
+        turn_queries(l, top, top + rows, from / head_groups, to / head_groups);
       });
       with_type(stack_.cache_dtype, [&](auto element) {
         using T = typename Plain<decltype(element)>::type;
         groups(l.k, q_end, k_end, call_.k, [&](int64_t from, int64_t to) {
-          store_keys<T>(l, from / head_groups, to / head_groups);
+          store_keys<T>(l, top, top + rows, from / head_groups, to / head_groups);
         });
-        groups(l.v, k_end, v_end, call_.v, [&](int64_t from, int64_t to) { store_values<T>(l, from, to); });
+        groups(l.v, k_end, v_end, call_.v, [&](int64_t from, int64_t to) {
+          store_values<T>(l, top, top + rows, from, to);
+        });
       });
     });
   }
@@ -346,9 +369,9 @@ class DecoderWorker {
     return a_.slots[t] / stack_.block_size * stack_.cache_block + a_.slots[t] % stack_.block_size * stack_.cache_slot;
   }
 
-  void turn_queries(const DecoderLayer& l, int64_t first_head, int64_t last_head) {
+  void turn_queries(const DecoderLayer& l, int64_t top, int64_t bottom, int64_t first_head, int64_t last_head) {
     const int64_t size = stack_.head_size;
-    for (int64_t t = 0; t < a_.tokens; t++) {
+    for (int64_t t = top; t < bottom; t++) {
       for (int64_t h = first_head; h < last_head; h++) {
         float* head = call_.q + (t * stack_.q_heads + h) * size;
         if (l.q_norm != nullptr) norm_floats(head, l.q_norm, size, l.eps, head);
@@ -358,9 +381,9 @@ class DecoderWorker {
   }
 
   template <typename T>
-  void store_keys(const DecoderLayer& l, int64_t first_head, int64_t last_head) {
+  void store_keys(const DecoderLayer& l, int64_t top, int64_t bottom, int64_t first_head, int64_t last_head) {
     const int64_t size = stack_.head_size;
-    for (int64_t t = 0; t < a_.tokens; t++) {
+    for (int64_t t = top; t < bottom; t++) {
       T* to = static_cast<T*>(l.k_cache) + cache_place(t);
       for (int64_t h = first_head; h < last_head; h++) {
         float* head = call_.k + (t * stack_.kv_heads + h) * size;
@@ -372,9 +395,9 @@ class DecoderWorker {
   }
 
   template <typename T>
-  void store_values(const DecoderLayer& l, int64_t first_group, int64_t last_group) {
+  void store_values(const DecoderLayer& l, int64_t top, int64_t bottom, int64_t first_group, int64_t last_group) {
     const int64_t size = stack_.head_size, width = stack_.kv_heads * size;
-    for (int64_t t = 0; t < a_.tokens; t++) {
+    for (int64_t t = top; t < bottom; t++) {
       T* to = static_cast<T*>(l.v_cache) + cache_place(t);
       for (int64_t n = first_group * kGroup; n < last_group * kGroup; n += kGroup)
         copy_row(call_.v + t * width + n, to + n / size * stack_.cache_head + n % size, static_cast<int>(kGroup));
@@ -396,27 +419,24 @@ class DecoderWorker {
   void gate_and_up(const DecoderLayer& l) {
     const int64_t width = l.gate.rows, block_width = call_.gate_groups * kGroup;
     const size_t ready = ready_bytes(l.down.format, width);
-    share(l.gate.groups(), call_.draw || !is_dense(l.down.format) ? 2 : 1, [&](int64_t first, int64_t last) {
-      for (int64_t top = 0; top < a_.tokens; top += kMlpRows) {
-        const int64_t count = minimum(kMlpRows, a_.tokens - top);
-        float *gate = block_, *up = block_ + count * block_width;
-        for (int64_t group = first; group < last; group += call_.gate_groups) {
-          const int64_t end = minimum(last, group + call_.gate_groups), column = group * kGroup;
-          const auto multiply = [&](const PackedWeight& w, float* out) {
-            const uint8_t* from = static_cast<const uint8_t*>(hidden_for(w));
-            // The kernel places a group at its own columns, hence the shifted start.
-            linear_multiply(w, from + static_cast<size_t>(top) * ready_bytes(w.format, w.columns), count, group, end,
-                            out - column, block_width, scratch_);
-          };
-          multiply(l.gate, gate);
-          multiply(l.up, up);
-          const int64_t columns = minimum(end * kGroup, width) - column;
-          for (int64_t i = 0; i < count; i++) {
-            float* product = gate + i * block_width;
-            gate_floats(l.activation, product, up + i * block_width, product, columns);
-            linear_prepare(l.down.format, product, width, column, columns,
-                           call_.ready_mlp + static_cast<size_t>(top + i) * ready);
-          }
+    const int64_t multiple = call_.draw || !is_dense(l.down.format) ? 2 : 1;
+    share_pieces(l.gate.groups(), multiple, [&](int64_t top, int64_t rows, int64_t first, int64_t last) {
+      float *gate = block_, *up = block_ + rows * block_width;
+      for (int64_t group = first; group < last; group += call_.gate_groups) {
+        const int64_t end = minimum(last, group + call_.gate_groups), column = group * kGroup;
+        const auto multiply = [&](const PackedWeight& w, float* out) {
+          // The kernel places a group at its own columns, hence the shifted start.
+          linear_multiply(w, hidden_for(w) + static_cast<size_t>(top) * ready_bytes(w.format, w.columns), rows, group,
+                          end, out - column, block_width, scratch_);
+        };
+        multiply(l.gate, gate);
+        multiply(l.up, up);
+        const int64_t columns = minimum(end * kGroup, width) - column;
+        for (int64_t i = 0; i < rows; i++) {
+          float* product = gate + i * block_width;
+          gate_floats(l.activation, product, up + i * block_width, product, columns);
+          linear_prepare(l.down.format, product, width, column, columns,
+                         call_.ready_mlp + static_cast<size_t>(top + i) * ready);
         }
       }
     });
@@ -498,7 +518,7 @@ Status decoder(const DecoderArgs& a, int threads) {
   call.alone = a.tokens <= kAloneTokens;
   call.draw = a.tokens >= kDrawTokens;
   call.delta_stride = ceil_div(s.hidden, kGroup) * kGroup;
-  call.gate_groups = maximum(2, kMlpFloats / (2 * kGroup * minimum(a.tokens, kMlpRows)) / 2 * 2);
+  call.gate_groups = maximum(2, kMlpFloats / (2 * kGroup * minimum(a.tokens, kPieceRows)) / 2 * 2);
   int64_t most = 1;
   for (int64_t i = 0; i < s.layers; i++) most = maximum(most, a.layers[i].gate.groups());
   call.gate_groups = minimum(call.gate_groups, (most + 1) / 2 * 2);
