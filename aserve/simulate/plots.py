@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from aserve.simulate import compare, policy
+from aserve.simulate import compare
 from aserve.simulate.compare import Scenario
 from aserve.simulate.device import PRESETS
 from aserve.simulate.svg import Points, line_chart
@@ -85,9 +85,9 @@ def memory() -> dict[str, str]:
     lines: dict[str, Points] = {}
     base = Scenario(PRESETS["h100x4-70b"], dataclasses.replace(CHAT, count=1500, rate=7.0))
     for name, burstiness in (
-        ("even (gamma shape 4)", 4.0),
+        ("even (gamma 4)", 4.0),
         ("Poisson", 1.0),
-        ("bursts (shape 0.1)", 0.1),
+        ("bursts (gamma 0.1)", 0.1),
     ):
         run = compare.simulate(
             dataclasses.replace(
@@ -98,7 +98,7 @@ def memory() -> dict[str, str]:
         )
         buckets = run.timeline.buckets
         group = max(1, len(buckets) // 120)
-        lines[f"{name}: {run.preemptions} preemptions"] = [
+        lines[f"{name}: {run.preemptions} preempted"] = [
             (buckets[at].start, 100 * max(bucket.kv_usage for bucket in buckets[at : at + group]))
             for at in range(0, len(buckets), group)
         ]
@@ -107,9 +107,7 @@ def memory() -> dict[str, str]:
 
 
 def prefixes(jobs: int) -> dict[str, str]:
-    """What a shared system prompt costs with and without prefix caching, where there is such a thing."""
-    if "prefix_caching" not in policy.options():
-        return {}
+    """What a shared system prompt costs with and without prefix caching."""
     base = Scenario(PRESETS["h100-8b"], dataclasses.replace(CHAT, count=500, rate=8.0))
     lines: dict[str, Points] = {}
     for name, caching in (("off", False), ("on", True)):

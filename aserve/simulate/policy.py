@@ -10,7 +10,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from aserve.config.scheduler import OVERLAPS
+from aserve.config.scheduler import OVERLAPS, PREEMPTION_MODES
 from aserve.core.scheduler import SchedulerLimits
 from aserve.errors import ConfigError
 from aserve.simulate.device import Profile
@@ -33,23 +33,17 @@ class Serving:
     """What the engine decides outside its scheduler.
 
     overlap: steps issued before the previous one's result is read, 0 or 1.
-    max_waiting_requests: requests that may wait; one that finds as many waiting is rejected.
-    max_waiting_tokens: prompt tokens that may wait.
     timeout: seconds after which an unfinished request is aborted.
     """
 
     overlap: int = 1
-    max_waiting_requests: int | None = None
-    max_waiting_tokens: int | None = None
     timeout: float | None = None
 
     def __post_init__(self) -> None:
         if self.overlap not in OVERLAPS:
             raise ConfigError(f"overlap must be 0 or 1, got {self.overlap}", param="overlap")
-        for name in ("max_waiting_requests", "max_waiting_tokens", "timeout"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} must be above 0, got {value}", param=name)
+        if self.timeout is not None and not self.timeout > 0:
+            raise ConfigError(f"timeout must be above 0, got {self.timeout}", param="timeout")
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,7 @@ class Option:
 
 
 def options() -> dict[str, Option]:
-    """Every choice by name: the fields of :class:`SchedulerLimits` as they are today, then Serving's."""
+    """Every choice by name: the fields of :class:`SchedulerLimits`, whatever they are, then Serving's."""
     found: dict[str, Option] = {}
     for cls in (SchedulerLimits, Serving):
         hints = typing.get_type_hints(cls)
@@ -139,13 +133,29 @@ def resolve(chosen: dict[str, Any], profile: Profile) -> tuple[SchedulerLimits, 
             f"({longest}): without chunked prefill the engine refuses it",
             param="max_num_batched_tokens",
         )
-    if values.get("preemption_mode") not in (None, "recompute", "swap"):
-        raise ConfigError("preemption_mode must be recompute or swap", param="preemption_mode")
-    if values["num_blocks"] < 1:
-        raise ConfigError(f"num_blocks must be at least 1, got {values['num_blocks']}", param="num_blocks")
+    _check(values)
     limits = {field.name for field in dataclasses.fields(SchedulerLimits)}
     around = {name: value for name, value in values.items() if name not in limits}
     return _fill(SchedulerLimits, values), _fill(Serving, around)
+
+
+def _check(values: dict[str, Any]) -> None:
+    """Refuses what the scheduler has no use for, as the engine does before it makes one."""
+    least = {"num_blocks": 1, "max_waiting_requests": 1, "max_waiting_tokens": 1}
+    least |= {"delay_factor": 0, "num_swap_blocks": 0, "num_lookahead_slots": 0, "window": 1}
+    for name, bound in least.items():
+        if values[name] is not None and not values[name] >= bound:
+            raise ConfigError(f"{name} must be at least {bound}, got {values[name]}", param=name)
+    mode = values["preemption_mode"]
+    if mode not in (None, *PREEMPTION_MODES):
+        raise ConfigError(
+            f"preemption_mode must be one of {', '.join(PREEMPTION_MODES)}, got {mode!r}",
+            param="preemption_mode",
+        )
+    if mode == "swap" and not values["num_swap_blocks"]:
+        raise ConfigError("preemption_mode swap needs num_swap_blocks above 0", param="preemption_mode")
+    if values["prefix_caching"] and values["window"] is not None:
+        raise ConfigError("prefix_caching does not go with a window", param="prefix_caching")
 
 
 def _fill(cls: type[Any], values: dict[str, Any]) -> Any:

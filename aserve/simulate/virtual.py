@@ -7,10 +7,8 @@ have been handled, at the earliest, and computed in step n + 1 or n + 2.
 
 from __future__ import annotations
 
-import heapq
 from array import array
 from dataclasses import dataclass, field
-from typing import Any
 
 from aserve.core.scheduler import Commit, Scheduler, SchedulerLimits
 from aserve.core.sequence import SequenceGroup, SequenceStatus
@@ -151,16 +149,14 @@ class Simulation:
         self._concurrency = concurrency or len(requests)
         self._turn_since = 0.0
         self._live: dict[str, Outcome] = {}
-        self._deadlines: list[tuple[float, str]] = []
         self._params: dict[int, SamplingParams] = {}
-        self._has_priority = "priority" in SequenceGroup.__dataclass_fields__
         self._outputs = any(request.output for request in requests)
         self._of_slot: dict[int, Request] = {}
 
     def execute(self) -> Run:
         """Runs until every request has ended. RuntimeError if the scheduler leaves one behind."""
         run, scheduler, device = self.run, self.scheduler, self.run.profile.device
-        model = run.profile.step_model(run.limits.block_size, getattr(run.limits, "window", None))
+        model = run.profile.step_model(run.limits.block_size, run.limits.window)
         now = free = 0.0
         running: tuple[StepPlan, float] | None = None
         while True:
@@ -168,6 +164,8 @@ class Simulation:
             plan = scheduler.schedule(now)
             for seq in scheduler.take_capped():
                 self._end(seq.group, CAPPED, now)
+            for group in scheduler.take_expired():
+                self._end(group, TIMED_OUT, now)
             issued = None
             if plan is not None:
                 cost = model.of_plan(plan)
@@ -199,13 +197,6 @@ class Simulation:
     # ---------------------------------------------------------------- requests in
 
     def _receive(self, now: float) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now:
-            deadline, request_id = heapq.heappop(self._deadlines)
-            if request_id in self._live:
-                group = self.scheduler.abort(request_id)
-                if group is None:
-                    raise RuntimeError(f"the scheduler forgot request {request_id}")
-                self._end(group, TIMED_OUT, deadline)
         requests = self._requests
         while self._next < len(requests) and len(self._live) < self._concurrency:
             request = requests[self._next]
@@ -217,10 +208,7 @@ class Simulation:
     def _send(self, request: Request, now: float) -> None:
         outcome = Outcome(request, now)
         self.run.outcomes.append(outcome)
-        if self._queue_full(request):
-            outcome.cause = REJECTED
-            return
-        extra: dict[str, Any] = {"priority": request.priority} if self._has_priority else {}
+        timeout = self.run.serving.timeout
         group = SequenceGroup(
             str(request.index),
             None,
@@ -229,7 +217,8 @@ class Simulation:
             now,
             self.run.profile.model.max_model_len,
             request.index,
-            **extra,
+            priority=request.priority,
+            deadline=None if timeout is None else now + timeout,
         )
         try:
             accepted = self.scheduler.add(group)
@@ -240,18 +229,6 @@ class Simulation:
             outcome.cause = TOO_LONG
             return
         self._live[group.request_id] = outcome
-        if self.run.serving.timeout is not None:
-            heapq.heappush(self._deadlines, (now + self.run.serving.timeout, group.request_id))
-
-    def _queue_full(self, request: Request) -> bool:
-        serving, waiting = self.run.serving, self.scheduler.waiting
-        most = serving.max_waiting_requests
-        if most is not None and len(waiting) >= most:
-            return True
-        tokens = serving.max_waiting_tokens
-        if tokens is None or not waiting:
-            return False
-        return sum(group.num_prompt_tokens for group in waiting) + request.input_tokens > tokens
 
     def _sampling(self, request: Request) -> SamplingParams:
         if self._outputs:
@@ -317,5 +294,5 @@ class Simulation:
         outcome.first, outcome.last = group.first_token_time, group.last_token_time
         outcome.tokens = sum(seq.num_output_tokens for seq in group.seqs)
         outcome.preemptions = group.num_preemptions
-        self.run.cached += getattr(group, "num_cached_tokens", 0)
+        self.run.cached += group.num_cached_tokens or 0
         self._turn_since = now

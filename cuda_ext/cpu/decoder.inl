@@ -8,6 +8,15 @@
 // Query and key heads are turned, and keys and values stored, by the member that computed them, before
 // the barrier. None of the divisions changes a result: each row of an output is computed whole, by
 // operations that depend on nothing else.
+//
+// Where a step goes (30 layers of SmolLM2-135M in Q4_1, context 160, bfloat16 cache, AVX512_VNNI on Zen 5, one
+// thread, milliseconds of its CPU time without the output head, shares in per cent):
+//                    ms    norms  q k v  attention  out  gate, up  down
+//   1 row            2.7     4     14       13       8      41      20
+//   8 rows           5.7     6     12       30       6      29      17
+//   32 rows         22.4     4     12       30       6      32      16
+//   128 rows        86.5     4     11       38       5      29      13
+//   prefill 2x128    110     5     14       10       7      44      20
 
 // With -DASERVE_PROFILE: the time stamp counter's ticks of member 0 in each phase.
 #ifdef ASERVE_PROFILE

@@ -9,6 +9,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <new>
@@ -21,8 +22,12 @@ static_assert(sizeof(Word) == 4 && Word::is_always_lock_free);
 
 constexpr int kMaxMembers = 256;
 
-// A barrier's partner is late by a few microseconds, or has lost its core for milliseconds.
-constexpr int64_t kBarrierSpin = 50'000;  // nanoseconds
+// A barrier's partner is late by a few microseconds, or has lost its core for milliseconds. Where spinning
+// was in vain the next spin is shorter, where it was not, longer: on a crowded machine it would only take
+// time from the partner. Every so often a long one is tried, or two members that both sleep, each late by
+// the time it takes to wake, would go on so for ever.
+constexpr int64_t kBarrierSpin = 50'000, kLeastSpin = 2'000;  // nanoseconds
+constexpr uint32_t kTryEvery = 16;                            // waits
 // Between the operations of a step lie some 10 to 100 us of Python, and about as much between steps.
 constexpr int64_t kIdleSpin = 200'000;
 constexpr int64_t kIdleAlone = 20'000;  // of them without offering the core to others
@@ -42,14 +47,14 @@ void futex_wake(Word& word, int count) {
 }
 
 // Waits until word is no longer `value`: polls for spin nanoseconds, after `alone` of them with
-// sched_yield in between, then sleeps. `sleepers` counts who sleeps, for wake.
-void wait_change(const Word& polled, uint32_t value, int64_t spin, int64_t alone, Word& sleepers) {
+// sched_yield in between, then sleeps. `sleepers` counts who sleeps, for wake. True if it did not sleep.
+bool wait_change(const Word& polled, uint32_t value, int64_t spin, int64_t alone, Word& sleepers) {
   Word& word = const_cast<Word&>(polled);
   if (spin > 0) {
     int64_t start = 0, spent = 0;
     while (spent < spin) {
       for (int i = 0; i < 24; i++) {
-        if (word.load(std::memory_order_acquire) != value) return;
+        if (word.load(std::memory_order_acquire) != value) return true;
         _mm_pause();
       }
       if (spent > alone) sched_yield();
@@ -62,6 +67,7 @@ void wait_change(const Word& polled, uint32_t value, int64_t spin, int64_t alone
   sleepers.fetch_add(1);
   while (word.load() == value) futex_wait(word, value);
   sleepers.fetch_sub(1);
+  return false;
 }
 
 void wake(Word& word, const Word& sleepers) {
@@ -83,6 +89,8 @@ struct Team {
     Word sleepers{0};
     Team* team = nullptr;
     int index = 0;
+    int64_t patience = kBarrierSpin;  // of the member, for its next spin
+    uint32_t waits = 0;
   };
 
   std::atomic<bool> busy{false};
@@ -100,7 +108,19 @@ struct Team {
 
   static Member member(int index, int count, Team* team) { return {index, count, team}; }
 
-  void sync() {
+  // Waits for another member of the region.
+  void wait_member(int index, const Word& word, uint32_t value, Word& sleepers) {
+    Slot& slot = slots[index];
+    const bool attempt = ++slot.waits % kTryEvery == 0;
+    const int64_t spin = attempt ? kBarrierSpin : slot.patience;
+    if (wait_change(word, value, spins ? spin : 0, spin, sleepers)) {
+      slot.patience = std::min(kBarrierSpin, 2 * spin);
+    } else if (!attempt) {
+      slot.patience = std::max(kLeastSpin, spin / 2);
+    }
+  }
+
+  void sync(int index) {
     // The phase cannot change before this member has come.
     const uint32_t before = phase.load(std::memory_order_relaxed);
     if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(count)) {
@@ -108,7 +128,7 @@ struct Team {
       phase.store(before + 1);
       wake(phase, phase_sleepers);
     } else {
-      wait_change(phase, before, spins ? kBarrierSpin : 0, kBarrierSpin, phase_sleepers);
+      wait_member(index, phase, before, phase_sleepers);
     }
   }
 
@@ -167,12 +187,12 @@ struct Team {
     task(context, self);
     for (uint32_t left = working.load(std::memory_order_acquire); left != 0;
          left = working.load(std::memory_order_acquire))
-      wait_change(working, left, spins ? kBarrierSpin : 0, kBarrierSpin, working_sleepers);
+      wait_member(0, working, left, working_sleepers);
   }
 };
 
 void Member::sync() {
-  if (count > 1) team_->sync();
+  if (count > 1) team_->sync(index);
 }
 
 namespace {

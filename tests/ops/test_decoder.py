@@ -103,10 +103,11 @@ def test_against_float64(level: str, name: str, batch: str) -> None:
     specs, norm = layers(shape)
     wanted = exact(specs, norm, wanted_step)
     out = run(stack, given)
-    # Rounding of keys, values or activations may fall to the other side.
+    # Keys, values or activations that fall to the other side when rounded move a row.
     rounds = shape.cache != torch.float32 or any(f in QUANTISED for f in shape.formats)
     error = (out.double() - wanted).norm(dim=1) / wanted.norm(dim=1)
-    assert error.max() < (8e-3 if rounds else 3e-6)
+    assert error.max() < (3e-2 if rounds else 3e-6)
+    assert error.mean() < 4e-3
     for sides, also in zip(given.caches, wanted_step.caches, strict=True):
         for side, exactly in zip(sides, also, strict=True):
             assert torch.equal(side.isnan(), exactly.isnan())
@@ -261,8 +262,8 @@ def test_an_undescribed_layer(loaded: ModuleType) -> None:
     given = step(LLAMA, ((1, 5),))
     description = torch.zeros(library.functions.aserve_decoder_bytes(2), dtype=torch.uint8)
     meta = given.meta
-    rest = (given.hidden, given.positions, meta.query_start, meta.seq_lens, meta.block_tables)
-    rest += (meta.slot_mapping, torch.empty_like(given.hidden))
+    rows = (meta.query_start, meta.seq_lens, meta.block_tables, meta.slot_mapping)
+    rest = (given.hidden, given.positions, *rows, torch.empty_like(given.hidden))
     with pytest.raises(RuntimeError, match="this is no description of layers"):
         library.decoder_forward(description, *rest)
     library.decoder_stack(description, 2, 6, 2, 32, torch.ones(96), 1e-6)

@@ -216,11 +216,15 @@ def arguments() -> dict[str, tuple[Any, ...]]:
     }
 
 
+KEPT: list[torch.Tensor] = []  # what a description points into
+
+
 def decoder_arguments() -> dict[str, tuple[Any, ...]]:
     """A description of one layer of width 16, with one head."""
     library = native.library()
     norm, matrix, table = torch.ones(16), packed.allocate(16 * 64), torch.ones(9, 16)
-    cache = torch.zeros(4, 1, 4, 16)
+    cache, values = torch.zeros(4, 1, 4, 16), torch.zeros(4, 1, 4, 16)
+    KEPT.extend((norm, matrix, table, cache, values))
     description = torch.zeros(library.functions.aserve_decoder_bytes(1), dtype=torch.uint8)
     stack = (description, 1, 1, 1, 16, norm, 1e-6)
     weight = (description, 0, 6, matrix, norm, 0, 16, 16)
@@ -229,15 +233,15 @@ def decoder_arguments() -> dict[str, tuple[Any, ...]]:
     for which in range(7):
         library.decoder_weight(description, 0, which, matrix, None, 0, 16, 16)
     library.decoder_layer(*layer)
-    library.decoder_cache(description, 0, cache, cache.clone())
-    rows = (torch.tensor([0, 2], dtype=torch.int32), torch.tensor([2], dtype=torch.int32))
-    rows += (torch.zeros(1, 1, dtype=torch.int32),)
+    library.decoder_cache(description, 0, cache, values)
+    lengths = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    rows = (*lengths, torch.zeros(1, 1, dtype=torch.int32))
     slots = torch.tensor([0, 1])
     return {
         "decoder_stack": tuple(x.clone() if x is description else x for x in stack),
         "decoder_weight": weight,
         "decoder_layer": layer,
-        "decoder_cache": (description, 0, cache, cache.clone()),
+        "decoder_cache": (description, 0, cache, values),
         "decoder_forward": (description, torch.randn(2, 16), slots, *rows, slots.clone(), torch.randn(2, 16)),
     }
 

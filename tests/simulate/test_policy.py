@@ -59,6 +59,11 @@ def test_other_choices_are_refused(text: str) -> None:
         {"num_blocks": 0},
         {"overlap": 2},
         {"timeout": 0.0},
+        {"max_waiting_requests": 0},
+        {"delay_factor": -1.0},
+        {"preemption_mode": "give up"},
+        {"preemption_mode": "swap"},
+        {"prefix_caching": True, "window": 64},
     ],
 )
 def test_limits_that_cannot_work_are_refused(chosen: dict) -> None:

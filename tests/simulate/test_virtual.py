@@ -90,6 +90,13 @@ def test_a_full_queue_rejects_and_the_rest_is_served() -> None:
     assert Counter(outcome.cause for outcome in found.outcomes) == {"finished": 4, "rejected": 2}
 
 
+def test_a_lower_priority_number_goes_first() -> None:
+    batch = [Request(0, 0.0, 4, 4), *(Request(index, 0.5, 4, 2, priority=5 - index) for index in (1, 2, 3))]
+    found = run(batch, max_num_seqs=1, overlap=0)
+    order = sorted(found.outcomes[1:], key=lambda outcome: outcome.first)
+    assert [outcome.request.index for outcome in order] == [3, 2, 1]
+
+
 def test_a_deadline_ends_what_is_not_done() -> None:
     found = run(requests((0.0, 4, 10), (0.0, 4, 3)), timeout=4.5)
     assert [outcome.cause for outcome in found.outcomes] == ["timed out", "finished"]
@@ -225,7 +232,6 @@ def test_chunked_prefill_keeps_streams_flowing_while_long_prompts_arrive() -> No
     assert found[True]["p50_itl_ms"] < 2 * found[False]["p50_itl_ms"]
 
 
-@pytest.mark.skipif("prefix_caching" not in policy.options(), reason="this scheduler has no prefix cache")
 def test_a_shared_prefix_is_computed_once() -> None:
     shared = {"prefix_tokens": 1600, "inputs": Lengths.parse("64", "input_len"), "count": 40}
     results = {}
@@ -237,7 +243,6 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert results[True]["mean_ttft_ms"] < 0.6 * results[False]["mean_ttft_ms"]
 
 
-@pytest.mark.skipif("preemption_mode" not in policy.options(), reason="this scheduler does not swap")
 def test_swapping_computes_nothing_again() -> None:
     chosen = {"num_blocks": 12, "num_swap_blocks": 64, "preemption_mode": "swap"}
     found = run(requests(*[(0.0, 8, 12)] * 4), **chosen)
