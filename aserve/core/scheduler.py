@@ -13,12 +13,13 @@ from bisect import insort
 from aserve.core import audit
 from aserve.core.block_manager import BlockManager
 from aserve.core.changes import Commit, Ledger, PrefixCounts, TokenUpdate
+from aserve.core.issue import PlanIssuer
 from aserve.core.limits import RECOMPUTE, SWAP, SchedulerLimits
-from aserve.core.plan import PlanBuilder, Ticket, describe_fork
+from aserve.core.plan import PlanBuilder, Ticket
 from aserve.core.sequence import Sequence, SequenceGroup, SequenceStatus
 from aserve.core.waiting import Deadlines, WaitingQueue, order
 from aserve.errors import QueueFullError
-from aserve.messages.step import Fork, StepPlan, StepResult
+from aserve.messages.step import StepPlan, StepResult
 
 __all__ = ["Commit", "Scheduler", "SchedulerLimits", "TokenUpdate"]
 
@@ -44,11 +45,8 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_swapped = 0
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
-        self._unsent: list[Sequence] = []
-        self._swap_outs: dict[int, int] = {}
+        self._issuer = PlanIssuer(self.blocks)
         self._watermark = limits.num_blocks // 100
-        self._next_seq_id = 0
-        self._next_step_id = 0
         self._last_prompt_duration = 0.0
         self._capped: list[Sequence] = []
         self._deadlines = Deadlines()
@@ -85,7 +83,7 @@ class Scheduler:
             )
         self.check_room(group.num_prompt_tokens)
         self.ledger.received += 1
-        seq = Sequence(self._new_seq_id(), 0, group, list(group.prompt_token_ids))
+        seq = Sequence(self._issuer.new_seq_id(), 0, group, list(group.prompt_token_ids))
         group.seqs = [seq]
         length = group.num_prompt_tokens
         limit = group.max_model_len
@@ -155,7 +153,7 @@ class Scheduler:
         if step.empty:
             # A sequence that was ended for its size has made room for others.
             return self.schedule(now) if len(self._capped) > num_capped else None
-        return self._make_plan(step, now)
+        return self._issuer.issue(step, now)
 
     def commit(self, plan: StepPlan, result: StepResult, now: float = 0.0) -> Commit:
         """Applies a finished step: appends tokens, ends sequences, frees what they held.
@@ -290,7 +288,7 @@ class Scheduler:
         if moved is not None:
             group.swapped = True
             self.num_swapped += 1
-            self._swap_outs.update((there, here) for here, there in moved)
+            self._issuer.move_out(moved)
         for seq in seqs:
             self._release_slot(seq)
             seq.status = SequenceStatus.WAITING
@@ -362,7 +360,7 @@ class Scheduler:
         for seq in seqs:
             seq.slot = self._free_slots.pop()
             seq.status = SequenceStatus.RUNNING
-            self._unsent.append(seq)
+            self._issuer.unsent.append(seq)
         group.reserved_slots = [self._free_slots.pop() for _ in range(slots - len(seqs))]
 
     def _count_cached(self, group: SequenceGroup, step: PlanBuilder) -> None:
@@ -425,43 +423,3 @@ class Scheduler:
             self.ledger.aborted += 1
         else:
             self.ledger.finished += 1
-
-    # ---------------------------------------------------------------- the plan
-
-    def _make_plan(self, step: PlanBuilder, now: float) -> StepPlan:
-        forks: list[Fork] = []
-        samples: list[tuple[int, Sequence]] = []
-        for seq, _, _ in step.prefills:
-            self.blocks.publish(seq)
-        rows = step.prefills + step.decodes
-        for row, (seq, _, _) in enumerate(rows):
-            if seq.num_computed < len(seq.token_ids) + seq.in_flight:
-                continue  # a chunk that leaves some of the prompt for later draws nothing
-            seq.in_flight += 1
-            samples.append((row, seq))
-            if not seq.group.expanded:
-                for child in self._expand(seq):
-                    forks.append(describe_fork(child, seq))
-                    samples.append((row, child))
-        swap_outs = [(here, there) for there, here in self._swap_outs.items()]
-        plan = step.build(self._next_step_id, now, rows, samples, self._unsent, forks, swap_outs)
-        self._unsent, self._swap_outs = [], {}
-        self._next_step_id += 1
-        return plan
-
-    def _expand(self, parent: Sequence) -> list[Sequence]:
-        """Creates the other ``best_of`` sequences, when the prompt is computed for all of them."""
-        group = parent.group
-        group.expanded = True
-        children = []
-        for index in range(1, group.width):
-            child = parent.fork(self._new_seq_id(), index)
-            child.slot = group.reserved_slots.pop()
-            self.blocks.share(child)
-            children.append(child)
-        group.seqs.extend(children)
-        return children
-
-    def _new_seq_id(self) -> int:
-        self._next_seq_id += 1
-        return self._next_seq_id

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aserve.core.block_manager import BlockManager
-from aserve.core.scheduler import Scheduler
+from aserve.core.issue import PlanIssuer
 from aserve.core.sequence import SequenceStatus
 from aserve.errors import QueueFullError
 from tests.core.driver import Driver
@@ -339,14 +339,14 @@ def swapping(overlap=1, n=2):
 
 
 def test_copies_to_swap_space_that_are_never_made_are_caught(monkeypatch):
-    original = Scheduler._make_plan
+    original = PlanIssuer.issue
 
-    def make_plan(self, step, now):
+    def issue(self, step, now):
         plan = original(self, step, now)
         plan.swap_outs = []
         return plan
 
-    fails(monkeypatch, Scheduler, "_make_plan", make_plan, swapping)
+    fails(monkeypatch, PlanIssuer, "issue", issue, swapping)
 
 
 def test_copies_back_in_the_wrong_order_are_caught(monkeypatch):
