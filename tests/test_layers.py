@@ -52,7 +52,8 @@ ALLOWED: dict[str, set[str]] = {
     "llm": SETTINGS | {"engine", "metrics"},
     "server": SETTINGS | {"engine", "metrics"},
     # measuring and planning, each a command of its own
-    "bench": SETTINGS | {"gguf", "tokenizer", "ops", "model", "worker", "engine", "llm", "metrics", "server"},
+    "bench": SETTINGS
+    | {"gguf", "tokenizer", "ops", "model", "worker", "executor", "engine", "llm", "metrics", "server"},
     "simulate": SETTINGS | {"core", "bench"},
     # 9: entry points
     "app": SETTINGS | {"server"},

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from aserve.llm import LLM
     from aserve.worker.worker import Worker
 
-_SMALLEST = 64 << 10  # norms, biases and tables of angles are not counted
+_SMALLEST = 64 << 10  # norms and biases are not counted
+_NOT_WEIGHTS = frozenset(("build", "table", "config", "cos_sin", "_caches", "_description"))
 
 
 def worker_of(llm: LLM) -> Worker:
@@ -51,7 +52,7 @@ def _collect(value: Any, found: dict[int, torch.Tensor], seen: set[int]) -> None
     elif type(value).__module__.startswith("aserve.") and not type(value).__module__.endswith(".rotary"):
         names = list(getattr(value, "__dict__", {})) + list(getattr(type(value), "__slots__", ()))
         for name in names:
-            if name not in ("build", "table", "config"):
+            if name not in _NOT_WEIGHTS:
                 _collect(getattr(value, name, None), found, seen)
 
 

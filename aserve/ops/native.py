@@ -164,6 +164,8 @@ def why_missing() -> str | None:
         _open()
     except OSError as error:
         return str(error.__cause__ or error)  # torch wraps the loader's own words
+    except AttributeError as error:
+        return f"it was built from other sources ({error})"
     return None
 
 
