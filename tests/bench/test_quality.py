@@ -11,7 +11,7 @@ from aserve import packaged
 from aserve.bench import quality
 from aserve.tokenizer.loader import load_tokenizer
 
-POSITIONS = 150
+POSITIONS = 300
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,11 +45,11 @@ def test_the_texts_are_long_enough_for_the_gate(file: str) -> None:
 
 @pytest.mark.timeout(300)
 def test_as_packed_by_default(file: str, ids: list[list[int]], reference: list[torch.Tensor]) -> None:
-    """The bound is about twice what int8 activations cost on these positions; bfloat16 costs 1e-3."""
+    """The bounds are about twice what int8 activations cost here; one position has half of the greatest."""
     own = quality.Logits(file)
     found = quality.divergence(reference, [own.of(each) for each in ids])
     assert found.positions == POSITIONS
-    assert found.mean < 8e-3 and found.max < 0.2 and found.top1 > 0.9
+    assert found.mean < 1.2e-2 and found.max < 0.8 and found.top1 > 0.9
 
 
 @pytest.mark.slow
