@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <optional>
+#include <vector>
 
 #include "binding.h"
 #include "cpu/decoder.h"
@@ -81,14 +82,9 @@ void decoder_stack(const Tensor& description_, int64_t layers, int64_t q_heads, 
   d->kind = kDescription;
 }
 
-// which: 0 .. 6, in the order of DecoderLayer.
-void decoder_weight(const Tensor& description_, int64_t layer, int64_t which, const Tensor& data_,
-                    std::optional<Tensor> bias, int64_t format_, int64_t rows, int64_t columns) {
-  const char* op = "decoder_weight";
-  DecoderLayer& l = layer_of(op, described(op, description_), layer);
-  PackedWeight* const weights[] = {&l.q, &l.k, &l.v, &l.out, &l.gate, &l.up, &l.down};
-  if (which < 0 || which > 6) refuse(op, "there is no weight ", which);
-  const View data(op, "data", data_);
+PackedWeight packed(const char* op, const char* name, const Tensor& data_, const std::optional<Tensor>& bias,
+                    int64_t format_, int64_t rows, int64_t columns) {
+  const View data(op, name, data_);
   if (!aserve::known_format(format_)) refuse(op, "unknown format ", format_);
   const Format format = static_cast<Format>(format_);
   if (rows < 1 || columns < 1 || columns % aserve::column_multiple(format) != 0)
@@ -96,9 +92,19 @@ void decoder_weight(const Tensor& description_, int64_t layer, int64_t which, co
   PackedWeight weight = {format, rows, columns, static_cast<const uint8_t*>(data.data), nullptr};
   const int64_t bytes = weight.groups() * static_cast<int64_t>(aserve::group_bytes(format, columns));
   data.rank(1).typed(aoti_torch_dtype_uint8(), "uint8").dense_from(0).size(0, bytes);
-  if (reinterpret_cast<uintptr_t>(data.data) % 64 != 0) refuse(op, "data must be 64-byte aligned");
+  if (reinterpret_cast<uintptr_t>(data.data) % 64 != 0) refuse(op, name, " must be 64-byte aligned");
   weight.bias = vector(op, "bias", bias, rows);
-  *weights[which] = weight;
+  return weight;
+}
+
+// which: 0 .. 6, in the order of DecoderLayer.
+void decoder_weight(const Tensor& description_, int64_t layer, int64_t which, const Tensor& data_,
+                    std::optional<Tensor> bias, int64_t format_, int64_t rows, int64_t columns) {
+  const char* op = "decoder_weight";
+  DecoderLayer& l = layer_of(op, described(op, description_), layer);
+  PackedWeight* const weights[] = {&l.q, &l.k, &l.v, &l.out, &l.gate, &l.up, &l.down};
+  if (which < 0 || which > 6) refuse(op, "there is no weight ", which);
+  *weights[which] = packed(op, "data", data_, bias, format_, rows, columns);
 }
 
 int window_index(const char* op, DecoderStack& s, int64_t window) {
@@ -174,14 +180,100 @@ void decoder_cache(const Tensor& description_, int64_t layer, const Tensor& k_ca
   l.v_cache = v.data;
 }
 
+void decoder_ends(const Tensor& description_, const Tensor& embedding, int64_t embedding_format, double factor,
+                  const Tensor& head, int64_t head_format, int64_t vocabulary) {
+  const char* op = "decoder_ends";
+  DecoderStack& s = described(op, description_).stack;
+  const std::optional<Tensor> no_bias;
+  s.embedding = packed(op, "embedding", embedding, no_bias, embedding_format, vocabulary, s.hidden);
+  s.head = packed(op, "head", head, no_bias, head_format, vocabulary, s.hidden);
+  s.embedding_factor = static_cast<float>(factor);
+}
+
+void check_whole(const char* op, const Description& d) {
+  for (int64_t i = 0; i < d.stack.layers; i++)
+    if (d.layers[i].cos_sin == nullptr || d.layers[i].k_cache == nullptr) refuse(op, "layer ", i, " is not described whole");
+}
+
+// A step of one token a row: embedding, layers, head, likeliest token, which becomes the row's next.
+void decoder_greedy(const Tensor& description_, const Tensor& tokens_, const Tensor& block_tables_,
+                    const Tensor& rows_, const Tensor& positions_, const Tensor& hidden_, const Tensor& out_,
+                    const Tensor& logits_, const Tensor& token_ids_, const Tensor& logprobs_) {
+  const char* op = "decoder_greedy";
+  Description& d = described(op, description_);
+  const DecoderStack& s = d.stack;
+  check_whole(op, d);
+  if (s.embedding.data == nullptr) refuse(op, "embedding and head are not described");
+  const View tokens(op, "tokens", tokens_), tables(op, "block_tables", block_tables_), rows(op, "rows", rows_),
+      positions(op, "positions", positions_), hidden(op, "hidden", hidden_), out(op, "out", out_),
+      logits(op, "logits", logits_), token_ids(op, "token_ids", token_ids_), logprobs(op, "logprobs", logprobs_);
+  const int64_t count = rows.rank(1).sizes[0];
+  tokens.rank(2).typed(aoti_torch_dtype_int32(), "int32").dense_from(0);
+  tables.rank(2).size(0, tokens.sizes[0]).typed(aoti_torch_dtype_int32(), "int32").dense_from(0);
+  for (const View* v : {&rows, &positions, &token_ids})
+    v->rank(1).size(0, count).typed(aoti_torch_dtype_int64(), "int64").dense_from(0);
+  for (const View* v : {&hidden, &out})
+    v->rank(2).size(0, count).size(1, s.hidden).typed(aoti_torch_dtype_float32(), "float32").dense_from(0);
+  logits.rank(2).size(0, count).size(1, s.head.rows).typed(aoti_torch_dtype_float32(), "float32").dense_from(0);
+  logprobs.rank(1).size(0, count).typed(aoti_torch_dtype_float32(), "float32").dense_from(0);
+  if (count == 0) return;
+  const int64_t width = tokens.sizes[1], max_blocks = tables.sizes[1];
+  const int64_t* const row = static_cast<const int64_t*>(rows.data);
+  const int64_t* const position = static_cast<const int64_t*>(positions.data);
+  int32_t* const token = static_cast<int32_t*>(tokens.data);
+  int64_t longest = 0;
+  for (int64_t i = 0; i < count; i++) {
+    if (row[i] < 0 || row[i] >= tokens.sizes[0]) refuse(op, "there is no row ", row[i]);
+    if (position[i] < 0 || position[i] + 1 >= width || position[i] / s.block_size >= max_blocks)
+      refuse(op, "position ", position[i], " is outside the row");
+    if (position[i] >= longest) longest = position[i] + 1;
+  }
+  const int64_t used = (longest + s.block_size - 1) / s.block_size;
+  std::vector<int32_t> starts(static_cast<size_t>(count + 1)), lengths(static_cast<size_t>(count)),
+      table_rows(static_cast<size_t>(count * used));
+  std::vector<int64_t> ids(static_cast<size_t>(count)), places(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; i++) {
+    const auto at = static_cast<size_t>(i);
+    const int32_t* const table = static_cast<const int32_t*>(tables.data) + row[i] * max_blocks;
+    starts[at + 1] = static_cast<int32_t>(i + 1);
+    lengths[at] = static_cast<int32_t>(position[i] + 1);
+    std::memcpy(&table_rows[static_cast<size_t>(i * used)], table, static_cast<size_t>(used) * sizeof(int32_t));
+    ids[at] = token[row[i] * width + position[i]];
+    places[at] = table[position[i] / s.block_size] * s.block_size + position[i] % s.block_size;
+  }
+  const aserve::Kernels& kernels = table(op);
+  float* const x = static_cast<float*>(hidden.data);
+  check(op, kernels.packed_rows({s.embedding, ids.data(), x, count}, threads()));
+  if (s.embedding_factor != 1.0f)
+    for (int64_t i = 0; i < count * s.hidden; i++) x[i] *= s.embedding_factor;
+  aserve::DecoderArgs a = {};
+  a.stack = &s;
+  a.layers = d.layers;
+  a.x = x;
+  a.out = static_cast<float*>(out.data);
+  a.positions = position;
+  a.slots = places.data();
+  a.query_start = starts.data();
+  a.seq_lens = lengths.data();
+  a.block_tables = table_rows.data();
+  a.tokens = a.rows = count;
+  a.max_blocks = a.table_stride = used;
+  check(op, kernels.decoder(a, threads().count));
+  const aserve::DType f32 = aserve::DType::f32;
+  check(op, kernels.packed_linear({s.head, out.data, {count, count, s.hidden, 0}, logits.data, f32, f32}, threads()));
+  int64_t* const drawn = static_cast<int64_t*>(token_ids.data);
+  kernels.greedy_logprob(
+      {logits.data, drawn, static_cast<float*>(logprobs.data), count, s.head.rows, s.head.rows, f32}, threads());
+  for (int64_t i = 0; i < count; i++) token[row[i] * width + position[i] + 1] = static_cast<int32_t>(drawn[i]);
+}
+
 void decoder_forward(const Tensor& description_, const Tensor& hidden_, const Tensor& positions_,
                      const Tensor& query_start_, const Tensor& seq_lens_, const Tensor& block_tables_,
                      const Tensor& slots_, const Tensor& out_) {
   const char* op = "decoder_forward";
   Description& d = described(op, description_);
   const DecoderStack& s = d.stack;
-  for (int64_t i = 0; i < s.layers; i++)
-    if (d.layers[i].cos_sin == nullptr || d.layers[i].k_cache == nullptr) refuse(op, "layer ", i, " is not described whole");
+  check_whole(op, d);
   const View hidden(op, "hidden", hidden_), positions(op, "positions", positions_),
       query_start(op, "query_start", query_start_), seq_lens(op, "seq_lens", seq_lens_),
       block_tables(op, "block_tables", block_tables_), slots(op, "slot_mapping", slots_), out(op, "out", out_);
@@ -224,6 +316,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aserve, m) {
       "bool interleaved, float scale, int window, float softcap, int activation, float eps) -> ()");
   m.def("decoder_cache(Tensor(a!) description, int layer, Tensor k_cache, Tensor v_cache) -> ()");
   m.def(
+      "decoder_ends(Tensor(a!) description, Tensor embedding, int embedding_format, float factor, Tensor head, "
+      "int head_format, int vocabulary) -> ()");
+  m.def(
+      "decoder_greedy(Tensor(a!) description, Tensor(b!) tokens, Tensor block_tables, Tensor rows, "
+      "Tensor positions, Tensor(c!) hidden, Tensor(d!) out, Tensor(e!) logits, Tensor(f!) token_ids, "
+      "Tensor(g!) logprobs) -> ()");
+  m.def(
       "decoder_forward(Tensor(a!) description, Tensor hidden, Tensor positions, Tensor query_start, "
       "Tensor seq_lens, Tensor block_tables, Tensor slot_mapping, Tensor(b!) out) -> ()");
 }
@@ -233,5 +332,7 @@ STABLE_TORCH_LIBRARY_IMPL(aserve, CPU, m) {
   m.impl("decoder_weight", TORCH_BOX(&decoder_weight));
   m.impl("decoder_layer", TORCH_BOX(&decoder_layer));
   m.impl("decoder_cache", TORCH_BOX(&decoder_cache));
+  m.impl("decoder_ends", TORCH_BOX(&decoder_ends));
+  m.impl("decoder_greedy", TORCH_BOX(&decoder_greedy));
   m.impl("decoder_forward", TORCH_BOX(&decoder_forward));
 }

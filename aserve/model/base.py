@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aserve.attention.base import AttentionMetadata, KVCache
-from aserve.model.layers.embedding import OutputHead
+from aserve.model.layers.embedding import Embedding, OutputHead
 from aserve.model.layers.linear import Build
 from aserve.model.layers.norm import RMSNorm
 from aserve.model.weights import Value
@@ -27,9 +27,12 @@ class Model(ABC):
     """A decoder: token ids in, hidden states and logits out, keys and values in a paged cache.
 
     Weights are plain tensors without gradients. Subclasses create their layers with ``self.build`` and
-    set ``self.head``, ``self.tied`` and ``self.kv_shapes``.
+    set ``self.embedding``, ``self.head``, ``self.tied`` and ``self.kv_shapes``.
     """
 
+    embedding: Embedding
+    embedding_factor: float = 1.0
+    """What rows of the embedding are multiplied by where hidden states are float32."""
     head: OutputHead
     tied: bool
     """Whether the head reads the embedding's weights; a checkpoint's copy of them is then not used."""
@@ -91,7 +94,17 @@ class Model(ABC):
         if reason is not None:
             logger.info("the layers run one operation at a time: %s", reason)
             return None
-        return DecoderStack(layers, norm.weight.float(), norm.eps)
+        stack = DecoderStack(layers, norm.weight.float(), norm.eps)
+        embedding, head = self.embedding.packed, self.head.packed
+        if embedding is not None and head is not None:
+            stack.set_ends(embedding, self.embedding_factor, head)
+        return stack
+
+    @property
+    def greedy_stack(self) -> DecoderStack | None:
+        """The native decoder where it can do a whole greedy step."""
+        stack = self._stack
+        return stack if stack is not None and stack.steps_greedily else None
 
 
 def layer_window(hf_config: Any, layer: int) -> int | None:

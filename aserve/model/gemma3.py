@@ -54,6 +54,7 @@ class Gemma3ForCausalLM(Model):
         self.embedding = make_embedding(
             self.build, "model.embed_tokens", hf.vocab_size, hf.hidden_size, is_head=self.tied
         )
+        self.embedding_factor = hf.hidden_size**0.5
         self.embedding_scale = torch.tensor(hf.hidden_size**0.5, dtype=dtype, device=device)
         self.layers = [
             DecoderLayer(self.build, hf, index, rotaries[hf.layer_types[index]])
@@ -73,7 +74,7 @@ class Gemma3ForCausalLM(Model):
         meta: AttentionMetadata,
     ) -> torch.Tensor:
         if self._stack is not None:
-            wide = self.embedding.lookup_float(token_ids).mul_(self.config.hf_config.hidden_size**0.5)
+            wide = self.embedding.lookup_float(token_ids).mul_(self.embedding_factor)
             return self._stack.forward(wide, positions, caches, meta)
         hidden = self.embedding.lookup(token_ids).mul_(self.embedding_scale)
         residual: torch.Tensor | None = None

@@ -77,6 +77,7 @@ class DecoderStack:
         self._layers = tuple(layers)
         self._final_norm = final_norm
         self._caches: list[KVCache] = []
+        self._ends: tuple[PackedWeight, PackedWeight] | None = None
         self._description = torch.zeros(
             self._kernels.functions.aserve_decoder_bytes(len(layers)), dtype=torch.uint8
         )
@@ -142,6 +143,64 @@ class DecoderStack:
             out,
         )
         return out
+
+    def set_ends(self, embedding: PackedWeight, factor: float, head: PackedWeight) -> None:
+        """Gives what :meth:`greedy` needs besides the layers.
+
+        embedding, head: ``[V, H]``; factor: rows of the embedding are multiplied by it.
+        """
+        self._ends = (embedding, head)
+        self._kernels.decoder_ends(
+            self._description,
+            embedding.data,
+            FORMATS[embedding.format],
+            factor,
+            head.data,
+            FORMATS[head.format],
+            head.rows,
+        )
+
+    @property
+    def steps_greedily(self) -> bool:
+        """Whether :meth:`greedy` can be used."""
+        return self._ends is not None
+
+    def greedy(
+        self,
+        tokens: torch.Tensor,
+        block_tables: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        caches: list[KVCache],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A whole step of one token a row: computes the token at ``positions[i]`` of row ``rows[i]`` and
+        writes the likeliest next one behind it. What a step of several operations gives, bit for bit.
+
+        tokens: int32 ``[S, W]``; block_tables: int32 ``[S, max_blocks]``; rows, positions: int64 ``[B]``.
+        Returns the drawn tokens, int64 ``[B]``, their log-probabilities, float32 ``[B]``, not finite where
+        the logits are not, and the logits, float32 ``[B, V]``. RuntimeError: as :meth:`forward`.
+        """
+        if self._ends is None:
+            raise ConfigError("embedding and head have not been given")
+        if not _same_tensors(caches, self._caches):
+            self._describe_caches(caches)
+        count, head = rows.shape[0], self._ends[1]
+        scratch = torch.empty(2, count, head.columns)
+        logits = torch.empty(count, head.rows)
+        token_ids, logprobs = torch.empty(count, dtype=torch.int64), torch.empty(count)
+        self._kernels.decoder_greedy(
+            self._description,
+            tokens,
+            block_tables,
+            rows,
+            positions,
+            scratch[0],
+            scratch[1],
+            logits,
+            token_ids,
+            logprobs,
+        )
+        return token_ids, logprobs, logits
 
     def _describe(self, index: int, layer: LayerSpec) -> None:
         for which, name in enumerate(_WEIGHTS):

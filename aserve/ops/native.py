@@ -43,7 +43,9 @@ _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _KERNELS = (
     "copy_blocks",
     "decoder_cache",
+    "decoder_ends",
     "decoder_forward",
+    "decoder_greedy",
     "decoder_layer",
     "decoder_stack",
     "decoder_weight",
@@ -83,7 +85,9 @@ class _Library:
         operations = ops.aserve
         self.copy_blocks = operations.copy_blocks.default
         self.decoder_cache = operations.decoder_cache.default
+        self.decoder_ends = operations.decoder_ends.default
         self.decoder_forward = operations.decoder_forward.default
+        self.decoder_greedy = operations.decoder_greedy.default
         self.decoder_layer = operations.decoder_layer.default
         self.decoder_stack = operations.decoder_stack.default
         self.decoder_weight = operations.decoder_weight.default

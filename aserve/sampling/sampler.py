@@ -189,6 +189,21 @@ class SamplerState:
         self._remember(needs, slots, index, sampled.token_ids)
         return sampled
 
+    def only_likeliest(self, slots: list[int]) -> bool:
+        """Whether all these slots need is the likeliest token and its log-probability."""
+        return not self._needs[slots].any()
+
+    def take_likeliest(
+        self, slots: list[int], token_ids: torch.Tensor, logprobs: torch.Tensor, logits: torch.Tensor
+    ) -> Sampled:
+        """What :meth:`sample` gives where the likeliest tokens ``[S]`` are known already.
+
+        logprobs: float32 ``[S]``; logits: ``[S, V]``, looked at where a log-probability is not finite.
+        """
+        sampled = _checked(token_ids, logprobs, logits)
+        self._num_output[slots] += 1
+        return sampled
+
     def _sample(
         self, logits: torch.Tensor, needs: np.ndarray, slots: list[int], index: np.ndarray
     ) -> Sampled:
@@ -308,7 +323,11 @@ class SamplerState:
 
 def _greedy(logits: torch.Tensor) -> Sampled:
     """The likeliest token of every row."""
-    token_ids, logprobs = ops.greedy_logprob(logits)
+    return _checked(*ops.greedy_logprob(logits), logits)
+
+
+def _checked(token_ids: torch.Tensor, logprobs: torch.Tensor, logits: torch.Tensor) -> Sampled:
+    """Likeliest tokens with the rows reported that have none."""
     failed: dict[int, str] = {}
     finite = torch.isfinite(logprobs)
     if not bool(finite.all()):  # of a row with a NaN, a +inf or nothing but -inf

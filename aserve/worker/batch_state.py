@@ -42,6 +42,8 @@ class BatchState:
         self._flat = self.tokens.view(-1)
         max_blocks = -(-max_model_len // block_size)
         self.block_tables = np.zeros((num_slots, max_blocks), dtype=np.int32)
+        self.host_tables = torch.from_numpy(self.block_tables)
+        """The same memory as a tensor."""
         self._num_blocks = [0] * num_slots
         self._prompt_lengths: dict[int, int] = {}
 

@@ -114,6 +114,8 @@ class Worker:
             kv_cache.move_blocks(self.swap_space, self.caches, plan.swap_ins)
         if plan.block_copies:
             ops.copy_blocks(self.caches, plan.block_copies)
+        if self._is_greedy(plan):
+            return _Done(self._greedy_step(plan))
         inputs = self.batch.inputs(plan)
         hidden = self.model.forward(inputs.token_ids, inputs.positions, self.caches, inputs.attention)
         prompt_logprobs = None
@@ -131,6 +133,36 @@ class Worker:
                 prompt_logprobs=prompt_logprobs,
                 failed=sampled.failed or None,
             )
+        )
+
+    def _is_greedy(self, plan: StepPlan) -> bool:
+        """Whether every row computes one token and draws the likeliest next one, with nothing else asked.
+
+        Such a step is one native operation: while its weights stream through the caches everything else
+        is driven out of them, and each Python call after that costs several times what it does when warm.
+        """
+        return (
+            self.model.greedy_stack is not None
+            and plan.num_prefill_rows == 0
+            and plan.samples == list(enumerate(plan.slots))
+            and not self.batch.wants_prompt_logprobs
+            and self.sampler.only_likeliest(plan.slots)
+        )
+
+    def _greedy_step(self, plan: StepPlan) -> StepResult:
+        stack = self.model.greedy_stack
+        if stack is None:
+            raise RuntimeError("this model has no native greedy step")
+        slots = torch.tensor(plan.slots)
+        token_ids, logprobs, logits = stack.greedy(
+            self.batch.tokens, self.batch.host_tables, slots, torch.tensor(plan.starts), self.caches
+        )
+        drawn = self.sampler.take_likeliest(plan.slots, token_ids, logprobs, logits)
+        return StepResult(
+            step_id=plan.step_id,
+            token_ids=drawn.token_ids.tolist(),
+            logprobs=drawn.logprobs.tolist(),
+            failed=drawn.failed or None,
         )
 
     def _sample(self, plan: StepPlan, inputs: ModelInputs, hidden: torch.Tensor) -> Sampled:

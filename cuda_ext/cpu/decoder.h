@@ -30,6 +30,8 @@ struct DecoderStack {
   int64_t windows[kMaxWindows];  // 0: none
   int64_t cache_block, cache_head, cache_slot, block_size, num_blocks;  // block_size 0: caches not yet given
   DType cache_dtype;
+  PackedWeight embedding, head;  // for whole greedy steps; data null: not given
+  float embedding_factor;
 };
 
 struct DecoderArgs {

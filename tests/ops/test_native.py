@@ -237,7 +237,13 @@ def decoder_arguments() -> dict[str, tuple[Any, ...]]:
     lengths = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
     rows = (*lengths, torch.zeros(1, 1, dtype=torch.int32))
     slots = torch.tensor([0, 1])
+    library.decoder_ends(description, matrix, 0, 2.0, matrix, 0, 16)
+    tokens, blocks = torch.zeros(2, 6, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int32)
+    floats = (torch.zeros(1, 16), torch.zeros(1, 16), torch.zeros(1, 16))
+    one = (torch.tensor([1]), torch.tensor([2]), *floats, torch.tensor([0]), torch.zeros(1))
     return {
+        "decoder_ends": (description, matrix, 0, 2.0, matrix, 0, 16),
+        "decoder_greedy": (description, tokens, blocks, *one),
         "decoder_stack": tuple(x.clone() if x is description else x for x in stack),
         "decoder_weight": weight,
         "decoder_layer": layer,

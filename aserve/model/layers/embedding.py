@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from aserve.model.layers.linear import Build
-from aserve.ops import packed
+from aserve.ops import packed as packed_weights
+from aserve.ops.packed import PackedWeight
 
 _WIDE_BYTES = 256 << 20
 """A head whose float32 copy is no larger than this keeps one, on a CPU."""
@@ -27,6 +28,11 @@ class Embedding(ABC):
     @abstractmethod
     def lookup_float(self, ids: torch.Tensor) -> torch.Tensor:
         """As :meth:`lookup`, in float32."""
+
+    @property
+    def packed(self) -> PackedWeight | None:
+        """The table as the native kernels read it, if it is kept so."""
+        return None
 
     @abstractmethod
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -49,14 +55,18 @@ class PackedEmbedding(Embedding):
         self._dtype = build.dtype
         build.table.add(f"{name}.weight", self._matrix)
 
+    @property
+    def packed(self) -> PackedWeight | None:
+        return self._matrix.weight
+
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         return self.lookup_float(ids).to(self._dtype)
 
     def lookup_float(self, ids: torch.Tensor) -> torch.Tensor:
-        return packed.rows(self._matrix.weight, ids)
+        return packed_weights.rows(self._matrix.weight, ids)
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        return packed.linear_float(hidden, self._matrix.weight)
+        return packed_weights.linear_float(hidden, self._matrix.weight)
 
 
 class DenseEmbedding(Embedding):
@@ -106,6 +116,11 @@ class OutputHead:
         self._table = embedding
         if not tied:
             self._table = make_embedding(build, name, embedding.rows, embedding.width, is_head=True)
+
+    @property
+    def packed(self) -> PackedWeight | None:
+        """The weights where their product with hidden states is the logits; None with a softcap."""
+        return self._table.packed if self.softcap is None else None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[N, width]`` to float32 ``[N, rows]``."""
