@@ -18,7 +18,6 @@ namespace {
 
 using aserve::DecoderLayer;
 using aserve::DecoderStack;
-using aserve::Format;
 using aserve::PackedWeight;
 
 constexpr uint64_t kDescription = 0x6173657276656463;
@@ -83,16 +82,10 @@ void decoder_stack(const Tensor& description_, int64_t layers, int64_t q_heads, 
 }
 
 PackedWeight packed(const char* op, const char* name, const Tensor& data_, const std::optional<Tensor>& bias,
-                    int64_t format_, int64_t rows, int64_t columns) {
+                    int64_t format, int64_t rows, int64_t columns) {
   const View data(op, name, data_);
-  if (!aserve::known_format(format_)) refuse(op, "unknown format ", format_);
-  const Format format = static_cast<Format>(format_);
-  if (rows < 1 || columns < 1 || columns % aserve::column_multiple(format) != 0)
-    refuse(op, "a matrix of ", rows, " by ", columns, " does not exist in this format");
-  PackedWeight weight = {format, rows, columns, static_cast<const uint8_t*>(data.data), nullptr};
-  const int64_t bytes = weight.groups() * static_cast<int64_t>(aserve::group_bytes(format, columns));
-  data.rank(1).typed(aoti_torch_dtype_uint8(), "uint8").dense_from(0).size(0, bytes);
-  if (reinterpret_cast<uintptr_t>(data.data) % 64 != 0) refuse(op, name, " must be 64-byte aligned");
+  if (rows < 1) refuse(op, name, " must have a row");
+  PackedWeight weight = packed_weight(data, format, rows, columns);
   weight.bias = vector(op, "bias", bias, rows);
   return weight;
 }

@@ -12,28 +12,6 @@ using aserve::Format;
 using aserve::kGroup;
 using aserve::PackedWeight;
 
-Format format_of(const char* op, int64_t format) {
-  if (!aserve::known_format(format)) refuse(op, "unknown format ", format);
-  return static_cast<Format>(format);
-}
-
-// Refuses data that is not the packed bytes of such a matrix.
-void check_packed(const View& data, Format format, int64_t rows, int64_t columns) {
-  if (rows < 0 || columns < 1) refuse(data.op, "a matrix of ", rows, " by ", columns, " cannot be packed");
-  const int64_t multiple = aserve::column_multiple(format);
-  if (columns % multiple != 0) refuse(data.op, "this format's columns come in ", multiple, "s, there are ", columns);
-  const int64_t groups = (rows + kGroup - 1) / kGroup;
-  const int64_t bytes = groups * static_cast<int64_t>(aserve::group_bytes(format, columns));
-  data.rank(1).typed(aoti_torch_dtype_uint8(), "uint8").dense_from(0).size(0, bytes);
-  if (reinterpret_cast<uintptr_t>(data.data) % 64 != 0) refuse(data.op, data.name, " must be 64-byte aligned");
-}
-
-PackedWeight packed_weight(const View& data, int64_t format, int64_t rows, int64_t columns) {
-  PackedWeight weight = {format_of(data.op, format), rows, columns, static_cast<const uint8_t*>(data.data), nullptr};
-  check_packed(data, weight.format, rows, columns);
-  return weight;
-}
-
 void pack_dense(const Tensor& weight_, const Tensor& out_) {
   const char* op = "pack_dense";
   const View weight(op, "weight", weight_), out(op, "out", out_);

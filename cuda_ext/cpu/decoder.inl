@@ -36,41 +36,6 @@ constexpr int64_t kDrawParts = 8;       // a member
 constexpr int64_t kPieceRows = 256;     // of the tokens that are multiplied at a time
 constexpr int64_t kMlpFloats = 48 << 10;  // of such a block: it stays in the second-level cache
 
-__attribute__((noinline)) void norm_floats(const float* x, const float* weight, int64_t size, float eps, float* out) {
-  const int64_t whole = size / W * W;
-  const int rest = static_cast<int>(size - whole);
-  V squares = zero();
-  for (int64_t i = 0; i < whole; i += W) {
-    const V v = load(x + i);
-    squares = fma(v, v, squares);
-  }
-  if (rest > 0) {
-    const V v = load(x + whole, rest);
-    squares = fma(v, v, squares);
-  }
-  const V scale = set1(1.0f / __builtin_sqrtf(hsum(squares) / static_cast<float>(size) + eps));
-  for (int64_t i = 0; i < whole; i += W) store(out + i, mul(mul(load(x + i), scale), load(weight + i)));
-  if (rest > 0) store(out + whole, mul(mul(load(x + whole, rest), scale), load(weight + whole, rest)), rest);
-}
-
-inline void add_floats(float* x, const float* y, int64_t size) {
-  const int64_t whole = size / W * W;
-  const int rest = static_cast<int>(size - whole);
-  for (int64_t i = 0; i < whole; i += W) store(x + i, add(load(x + i), load(y + i)));
-  if (rest > 0) store(x + whole, add(load(x + whole, rest), load(y + whole, rest)), rest);
-}
-
-inline void gate_floats(Activation kind, const float* gate, const float* up, float* out, int64_t count) {
-  switch (kind) {
-    case Activation::silu:
-      return gate_row<float, Activation::silu>(gate, up, out, count);
-    case Activation::gelu_tanh:
-      return gate_row<float, Activation::gelu_tanh>(gate, up, out, count);
-    default:
-      return gate_row<float, Activation::gelu_erf>(gate, up, out, count);
-  }
-}
-
 // The two layouts that ready activations can have.
 constexpr int kLayouts = 2;
 constexpr int ready_layout(Format format) { return is_dense(format) ? 0 : 1; }
@@ -290,10 +255,10 @@ class DecoderWorker {
   void add_sublayer(int64_t t, const float* post_norm, float eps) {
     const float* delta = call_.delta + t * call_.delta_stride;
     if (post_norm != nullptr) {
-      norm_floats(delta, post_norm, stack_.hidden, eps, row_);
+      rms_norm_row(delta, post_norm, row_, stack_.hidden, eps);
       delta = row_;
     }
-    add_floats(x(t), delta, stack_.hidden);
+    add_range(delta, x(t), stack_.hidden);
   }
 
   // For each layout a weight that wants it, or null.
@@ -308,7 +273,7 @@ class DecoderWorker {
   }
 
   void ready_hidden(int64_t t, const float* norm, float eps, const Needs& needed, int64_t columns) {
-    norm_floats(x(t), norm, columns, eps, row_);
+    rms_norm_row(x(t), norm, row_, columns, eps);
     for (int i = 0; i < kLayouts; i++) {
       if (needed.weight[i] == nullptr) continue;
       const Format format = needed.weight[i]->format;
@@ -374,7 +339,7 @@ class DecoderWorker {
     for (int64_t t = top; t < bottom; t++) {
       for (int64_t h = first_head; h < last_head; h++) {
         float* head = call_.q + (t * stack_.q_heads + h) * size;
-        if (l.q_norm != nullptr) norm_floats(head, l.q_norm, size, l.eps, head);
+        if (l.q_norm != nullptr) rms_norm_row(head, l.q_norm, head, size, l.eps);
         rotate_head(head, head, cos_sin(l, t), static_cast<int>(l.rotary_size), static_cast<int>(size), l.interleaved);
       }
     }
@@ -387,7 +352,7 @@ class DecoderWorker {
       T* to = static_cast<T*>(l.k_cache) + cache_place(t);
       for (int64_t h = first_head; h < last_head; h++) {
         float* head = call_.k + (t * stack_.kv_heads + h) * size;
-        if (l.k_norm != nullptr) norm_floats(head, l.k_norm, size, l.eps, head);
+        if (l.k_norm != nullptr) rms_norm_row(head, l.k_norm, head, size, l.eps);
         rotate_head(head, to + h * stack_.cache_head, cos_sin(l, t), static_cast<int>(l.rotary_size),
                     static_cast<int>(size), l.interleaved);
       }
@@ -434,7 +399,7 @@ class DecoderWorker {
         const int64_t columns = minimum(end * kGroup, width) - column;
         for (int64_t i = 0; i < rows; i++) {
           float* product = gate + i * block_width;
-          gate_floats(l.activation, product, up + i * block_width, product, columns);
+          gate_range(product, up + i * block_width, product, columns, l.activation);
           linear_prepare(l.down.format, product, width, column, columns,
                          call_.ready_mlp + static_cast<size_t>(top + i) * ready);
         }
@@ -446,7 +411,7 @@ class DecoderWorker {
     const DecoderLayer& l = a_.layers[stack_.layers - 1];
     const auto row = [&](int64_t t) {
       add_sublayer(t, l.post_mlp_norm, l.eps);
-      norm_floats(x(t), stack_.final_norm, stack_.hidden, stack_.final_eps, a_.out + t * stack_.hidden);
+      rms_norm_row(x(t), stack_.final_norm, a_.out + t * stack_.hidden, stack_.hidden, stack_.final_eps);
     };
     if (call_.alone) {
       for (int64_t t = member_.index; t < a_.tokens; t += member_.count) row(t);

@@ -281,40 +281,6 @@ inline void add_range(const float* x, float* total, int64_t count) {
   if (rest > 0) store(total + whole, add(load(total + whole, rest), load(x + whole, rest)), rest);
 }
 
-// Rotary embedding of `heads` heads [head_size] that lie one after the other. cos_sin: the row of the token's
-// position, [rotary_size]. out may be x.
-inline void rotate_heads(const float* x, float* out, int64_t heads, int64_t head_size, const float* cos_sin,
-                         int64_t rotary_size, bool interleaved) {
-  for (int64_t h = 0; h < heads; h++)
-    rotate_head(x + h * head_size, out + h * head_size, cos_sin, static_cast<int>(rotary_size),
-                static_cast<int>(head_size), interleaved);
-}
-
-// Where a cache's elements are, strides in elements.
-struct CacheLayout {
-  int64_t block, head, slot;  // strides
-  int64_t block_size, num_blocks;
-  DType dtype;
-};
-
-// Stores one token's keys and values, each [kv_heads, head_size], rounded to the cache's type. False where
-// the slot is outside the cache.
-inline bool store_token(const float* k, const float* v, void* k_cache, void* v_cache, const CacheLayout& cache,
-                        int64_t slot, int64_t kv_heads, int64_t head_size) {
-  const int64_t block = slot / cache.block_size;
-  if (slot < 0 || block >= cache.num_blocks) return false;
-  const int64_t place = block * cache.block + slot % cache.block_size * cache.slot;
-  const int size = static_cast<int>(head_size);
-  with_type(cache.dtype, [&](auto element) {
-    using T = typename Plain<decltype(element)>::type;
-    for (int64_t h = 0; h < kv_heads; h++) {
-      copy_row(k + h * head_size, static_cast<T*>(k_cache) + place + h * cache.head, size);
-      copy_row(v + h * head_size, static_cast<T*>(v_cache) + place + h * cache.head, size);
-    }
-  });
-  return true;
-}
-
 // out = activation(gate) * up. out may be either.
 inline void gate_range(const float* gate, const float* up, float* out, int64_t count, Activation kind) {
   if (kind == Activation::silu) gate_row<float, Activation::silu>(gate, up, out, count);
