@@ -9,6 +9,8 @@ same request give the same tokens.
 
 from __future__ import annotations
 
+import numpy as np
+
 from aserve.core.sequence import mix64
 from aserve.messages.step import SampleLogprobs, StepPlan, StepResult
 
@@ -21,6 +23,11 @@ def prefix_hash(previous: int, token: int) -> int:
 
 def draw(prefix: int, rng_seed: int) -> int:
     return mix64(prefix ^ rng_seed) % VOCAB
+
+
+def vector(prefix: int) -> np.ndarray:
+    """What stands for the final hidden state of a prefix."""
+    return np.array([prefix >> shift & 0xFF for shift in (0, 8, 16, 24)], dtype=np.float32)
 
 
 class MemoryWorker:
@@ -42,6 +49,7 @@ class MemoryWorker:
         self.tables: list[list[int]] = [[] for _ in range(num_slots)]
         self.seeds = [0] * num_slots
         self.prompt_logprobs: list[int | None] = [None] * num_slots
+        self.pooled = [False] * num_slots
         self.steps = 0
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -52,6 +60,7 @@ class MemoryWorker:
             self.tokens[new.slot] = list(new.token_ids)
             self.tables[new.slot] = list(new.block_ids)
             self.seeds[new.slot] = new.rng_seed
+            self.pooled[new.slot] = new.pooled
             wanted = new.want_prompt_logprobs and new.params.prompt_logprobs is not None
             self.prompt_logprobs[new.slot] = new.num_prompt_tokens if wanted else None
         for fork in plan.forks:
@@ -59,6 +68,7 @@ class MemoryWorker:
             self.tables[fork.slot] = list(fork.block_ids)
             self.seeds[fork.slot] = fork.rng_seed
             self.prompt_logprobs[fork.slot] = None
+            self.pooled[fork.slot] = False
         for slot, blocks in plan.new_blocks:
             self.tables[slot].extend(blocks)
         for slot, index, block in plan.replaced_blocks:
@@ -90,12 +100,23 @@ class MemoryWorker:
                         for i in range(start, end)
                     ]
         drawn = []
+        pooled = {}
         for row, slot in plan.samples:
+            if self.pooled[slot]:
+                pooled[len(drawn)] = vector(prefixes[row])
+                drawn.append(0)
+                continue
             token = draw(prefixes[row], self.seeds[slot])
             self.tokens[slot] = [*self.tokens[slot][: plan.starts[row] + plan.counts[row]], token]
             self._scribble(slot, plan.starts[row] + plan.counts[row])
             drawn.append(token)
-        return StepResult(plan.step_id, drawn, [-1.0] * len(drawn), prompt_logprobs=prompt_logprobs or None)
+        return StepResult(
+            plan.step_id,
+            drawn,
+            [-1.0] * len(drawn),
+            prompt_logprobs=prompt_logprobs or None,
+            pooled=pooled or None,
+        )
 
     def _cell(self, slot: int, position: int) -> tuple[list[int | None], int]:
         index, offset = divmod(position, self.block_size)
@@ -128,6 +149,13 @@ class MemoryWorker:
             if block[offset] != running:
                 raise AssertionError(f"slot {slot} reads foreign data at position {position}")
         return running
+
+
+def expected_vector(prompt: list[int]) -> np.ndarray:
+    running = 0
+    for token in prompt:
+        running = prefix_hash(running, token)
+    return vector(running)
 
 
 def expected_output(prompt: list[int], rng_seed: int, max_tokens: int, stop: set[int]) -> list[int]:
