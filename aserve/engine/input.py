@@ -90,6 +90,10 @@ class InputProcessor:
                 "use_beam_search is not available in this release; use best_of with a temperature above 0",
                 param="use_beam_search",
             )
+        if params.guided is not None:
+            raise InvalidRequestError(
+                "guided decoding is not available in this release", param=params.guided.param
+            )
         width = params.best_of or params.n
         max_num_seqs = self._config.scheduler.max_num_seqs
         if width > max_num_seqs:
