@@ -20,6 +20,15 @@
 
 from __future__ import annotations
 
+import re
+
+_PRIVATE = re.compile(r"0x[0-9a-fA-F]{4,}|(?:/[\w.+-]+){2,}")
+
+
+def without_private(text: str) -> str:
+    """``text`` without memory addresses and paths: somebody else's exception, fit to be told to a client."""
+    return _PRIVATE.sub("…", text)
+
 
 class AserveError(Exception):
     """Base of every error aserve raises on purpose.

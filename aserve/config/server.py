@@ -113,6 +113,13 @@ class ServerArgs:
         16 * 1024 * 1024, group=_SERVER, help="Most bytes of a request body; larger ones are answered 413."
     )
 
+    stall_timeout: float = arg(
+        120.0,
+        group=_SERVER,
+        help="Seconds without a finished step, while requests wait, after which health is 503. "
+        "Longer than the longest step.",
+    )
+
     def take_environment(self) -> None:
         """Replaces the API keys by the one in the environment, if there is one."""
         for variable in API_KEY_VARIABLES:
@@ -135,6 +142,10 @@ class ServerArgs:
         if not 0 <= self.drain_timeout < float("inf"):
             raise ConfigError(
                 f"drain_timeout must be seconds from 0, got {self.drain_timeout}", param="drain_timeout"
+            )
+        if not self.stall_timeout > 0:
+            raise ConfigError(
+                f"stall_timeout must be seconds above 0, got {self.stall_timeout}", param="stall_timeout"
             )
         if self.max_body_size < 1:
             raise ConfigError(

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import anyio
@@ -18,8 +18,9 @@ from aserve.config.engine import EngineConfig
 from aserve.config.model import ModelConfig
 from aserve.engine import loop, pooling
 from aserve.engine.llm_engine import LLMEngine
-from aserve.engine.stats import EngineStats, watch_loop_lag
+from aserve.engine.stats import EngineStats
 from aserve.engine.stream import Mailbox, OutputStream
+from aserve.engine.watch import Progress, watch_loop_lag
 from aserve.errors import AserveError, EngineBusyError, EngineDeadError, InvalidRequestError
 from aserve.log import RequestLog
 from aserve.messages.inputs import (
@@ -68,6 +69,9 @@ class AsyncLLMEngine:
         self.engine: LLMEngine | None = None
         self.failed: EngineDeadError | None = None
         self.start_engine_loop = start_engine_loop
+        self.on_dead: Callable[[], None] | None = None
+        """Called once, from the loop, when the engine has failed for good; not when it is stopped."""
+        self.progress = Progress()
         self._request_log = RequestLog(enabled=log_requests, max_log_len=max_log_len)
         self._refusal: str | None = None
         self._task: asyncio.Task[None] | None = None
@@ -138,8 +142,7 @@ class AsyncLLMEngine:
         if self.engine is None:
             raise RuntimeError("the engine is not loaded yet; await start() instead")
         self._task = asyncio.create_task(self._run(self.engine), name="aserve-engine-loop")
-        if self.engine.stats.enabled:
-            self._lag_watch = asyncio.create_task(watch_loop_lag(self.engine.stats), name="aserve-loop-lag")
+        self._lag_watch = asyncio.create_task(self._watch(self.engine), name="aserve-watch")
 
     def _build(self) -> LLMEngine:
         if self._from_config is not None:
@@ -162,6 +165,10 @@ class AsyncLLMEngine:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(self.engine.close)
 
+    async def _watch(self, engine: LLMEngine) -> None:
+        async for _ in watch_loop_lag(engine.stats):
+            self.progress.look(engine.core.num_steps, engine.core.num_unfinished, time.monotonic())
+
     async def _run(self, engine: LLMEngine) -> None:
         try:
             await loop.run(engine, self._wait_for_work, engine.config.scheduler.overlap)
@@ -172,6 +179,8 @@ class AsyncLLMEngine:
             dead = EngineDeadError(f"the engine loop has failed: {type(error).__name__}: {error}")
             dead.__cause__ = error
             self._die(dead)
+            if self.on_dead is not None:
+                self.on_dead()
 
     async def _wait_for_work(self) -> None:
         if not self.num_unfinished:
@@ -208,8 +217,16 @@ class AsyncLLMEngine:
     def errored(self) -> bool:
         return self.failed is not None
 
+    def stalled_for(self) -> float:
+        """Seconds for which requests have been unfinished and no step has been made; 0 when idle."""
+        return self.progress.stalled_for(time.monotonic())
+
     async def check_health(self) -> None:
         """Raises EngineDeadError if the engine cannot serve any more."""
+        self.check()
+
+    def check(self) -> None:
+        """The same at once."""
         if self.failed is not None:
             raise self.failed
         if self.engine is not None:

@@ -237,7 +237,11 @@ class LLMEngine:
         """Hands a request to the scheduler; ``sink`` is called with each of its outputs."""
         with self._counting_refusals():
             accepted = self.core.add(group)
-        self.output.add(group, kind, sink, mailbox)
+        try:
+            self.output.add(group, kind, sink, mailbox)
+        except BaseException:
+            self.core.abort(group.request_id)  # or it would run with nobody to tell
+            raise
         if not accepted:
             self.output.end_without_tokens(group.seqs[0])
 

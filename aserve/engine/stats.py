@@ -6,7 +6,6 @@ aserve's own carry ``aserve:``. All calls belong to the thread of the engine's l
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -20,9 +19,6 @@ logger = logging.getLogger(__name__)
 
 LOG_INTERVAL = 5.0
 """Seconds between two lines of statistics while steps are made."""
-
-LAG_INTERVAL = 0.25
-"""Seconds between two measurements of the event loop's lag."""
 
 TTFT_BOUNDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 TPOT_BOUNDS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
@@ -272,12 +268,3 @@ class EngineStats:
         if self.refresh is not None:
             self.refresh()
         return self._metrics.render()
-
-
-async def watch_loop_lag(stats: EngineStats, interval: float = LAG_INTERVAL) -> None:
-    """Measure, until cancelled, how late the running loop wakes a sleeper."""
-    loop = asyncio.get_running_loop()
-    while True:
-        due = loop.time() + interval
-        await asyncio.sleep(interval)
-        stats.on_loop_lag(loop.time() - due)

@@ -176,13 +176,16 @@ class LiveEvents:
         if stream.ended or not writer.clear:
             waiter.set_result(None)
             return
-        output = stream.take()
-        if output is None:
-            return
         try:
-            data = self._call.events_of(0, output)
-            if data:
-                writer.write(data)
+            self._hand_over(stream, writer)
         except Exception as error:
             self._failure = error
             waiter.set_result(None)
+
+    def _hand_over(self, stream: OutputStream, writer: ChunkWriter) -> None:
+        output = stream.take()
+        if output is None:
+            return
+        data = self._call.events_of(0, output)
+        if data:
+            writer.write(data)

@@ -126,6 +126,8 @@ class FakeEngine:
         self.failure: AserveError = EngineBusyError("failed on demand")
         self.failed: EngineDeadError | None = None
         self.refusal: str | None = None
+        self.stalled = 0.0
+        self.on_dead: Any = None
         self.full: QueueFullError | None = None
         self.cached: int | None = None
         self.submitted: list[SimpleNamespace] = []
@@ -152,7 +154,13 @@ class FakeEngine:
         self.failed = EngineDeadError(reason)
         self._fail_all(self.failed)
 
+    def stalled_for(self) -> float:
+        return self.stalled
+
     async def check_health(self) -> None:
+        self.check()
+
+    def check(self) -> None:
         if self.failed is not None:
             raise self.failed
 
