@@ -62,6 +62,23 @@ class LayerSpec:
     activation: str = "silu"
 
 
+class GreedyStep:
+    """What a greedy step of ``count`` rows reads and writes; used again by the next one of as many rows.
+
+    rows, positions, token_ids: int64 ``[count]``. logprobs: float32 ``[count]``, of the drawn tokens; not
+    finite where the logits are not. logits: float32 ``[count, V]``, overwritten by the next greedy step.
+    """
+
+    def __init__(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+        count = len(logits)
+        indices = torch.empty(3, count, dtype=torch.int64)
+        self.logits, logprobs = logits, torch.empty(count)
+        # A torch call on a few numbers costs several times one of numpy.
+        self.rows, self.positions, self.token_ids = (each.numpy() for each in indices)
+        self.logprobs = logprobs.numpy()
+        self.tensors = (indices[0], indices[1], hidden[0], hidden[1], logits, indices[2], logprobs)
+
+
 class DecoderStack:
     """Layers ready to run: :meth:`forward`, by one thread at a time.
 
@@ -78,6 +95,8 @@ class DecoderStack:
         self._final_norm = final_norm
         self._caches: list[KVCache] = []
         self._ends: tuple[PackedWeight, PackedWeight] | None = None
+        self._steps: dict[int, GreedyStep] = {}
+        self._logits = self._hidden = torch.empty(0)
         self._description = torch.zeros(
             self._kernels.functions.aserve_decoder_bytes(len(layers)), dtype=torch.uint8
         )
@@ -169,38 +188,34 @@ class DecoderStack:
         self,
         tokens: torch.Tensor,
         block_tables: torch.Tensor,
-        rows: torch.Tensor,
-        positions: torch.Tensor,
+        rows: list[int],
+        positions: list[int],
         caches: list[KVCache],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> GreedyStep:
         """A whole step of one token a row: computes the token at ``positions[i]`` of row ``rows[i]`` and
         writes the likeliest next one behind it. What a step of several operations gives, bit for bit.
 
-        tokens: int32 ``[S, W]``; block_tables: int32 ``[S, max_blocks]``; rows, positions: int64 ``[B]``.
-        Returns the drawn tokens, int64 ``[B]``, their log-probabilities, float32 ``[B]``, not finite where
-        the logits are not, and the logits, float32 ``[B, V]``. RuntimeError: as :meth:`forward`.
+        tokens: int32 ``[S, W]``; block_tables: int32 ``[S, max_blocks]``. RuntimeError: as :meth:`forward`.
         """
         if self._ends is None:
             raise ConfigError("embedding and head have not been given")
         if not _same_tensors(caches, self._caches):
             self._describe_caches(caches)
-        count, head = rows.shape[0], self._ends[1]
-        scratch = torch.empty(2, count, head.columns)
-        logits = torch.empty(count, head.rows)
-        token_ids, logprobs = torch.empty(count, dtype=torch.int64), torch.empty(count)
-        self._kernels.decoder_greedy(
-            self._description,
-            tokens,
-            block_tables,
-            rows,
-            positions,
-            scratch[0],
-            scratch[1],
-            logits,
-            token_ids,
-            logprobs,
-        )
-        return token_ids, logprobs, logits
+        step = self._steps.get(len(rows)) or self._make_step(len(rows), self._ends[1])
+        step.rows[:] = rows
+        step.positions[:] = positions
+        self._kernels.decoder_greedy(self._description, tokens, block_tables, *step.tensors)
+        return step
+
+    def _make_step(self, count: int, head: PackedWeight) -> GreedyStep:
+        """Steps of all sizes share the memory of the largest."""
+        if count > len(self._logits):
+            self._steps.clear()
+            self._logits = torch.empty(count, head.rows)
+            self._hidden = torch.empty(2 * count, head.columns)
+        hidden = self._hidden[: 2 * count].view(2, count, head.columns)
+        step = self._steps[count] = GreedyStep(hidden, self._logits[:count])
+        return step
 
     def _describe(self, index: int, layer: LayerSpec) -> None:
         for which, name in enumerate(_WEIGHTS):

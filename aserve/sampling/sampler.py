@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import inspect
 import logging
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -194,15 +195,19 @@ class SamplerState:
         return not self._needs[slots].any()
 
     def take_likeliest(
-        self, slots: list[int], token_ids: torch.Tensor, logprobs: torch.Tensor, logits: torch.Tensor
-    ) -> Sampled:
-        """What :meth:`sample` gives where the likeliest tokens ``[S]`` are known already.
+        self, slots: list[int], token_ids: list[int], logprobs: list[float], logits: torch.Tensor
+    ) -> dict[int, str]:
+        """What :meth:`sample` does once the likeliest tokens ``[S]`` and their log-probabilities are known.
 
-        logprobs: float32 ``[S]``; logits: ``[S, V]``, looked at where a log-probability is not finite.
+        logits: ``[S, V]``, looked at for rows whose log-probability is not finite. Those are returned with
+        the reason, and their entries replaced.
         """
-        sampled = _checked(token_ids, logprobs, logits)
         self._num_output[slots] += 1
-        return sampled
+        if all(map(math.isfinite, logprobs)):
+            return {}
+        sampled = _checked(torch.tensor(token_ids), torch.tensor(logprobs), logits)
+        token_ids[:], logprobs[:] = sampled.token_ids.tolist(), sampled.logprobs.tolist()
+        return sampled.failed
 
     def _sample(
         self, logits: torch.Tensor, needs: np.ndarray, slots: list[int], index: np.ndarray

@@ -153,17 +153,10 @@ class Worker:
         stack = self.model.greedy_stack
         if stack is None:
             raise RuntimeError("this model has no native greedy step")
-        slots = torch.tensor(plan.slots)
-        token_ids, logprobs, logits = stack.greedy(
-            self.batch.tokens, self.batch.host_tables, slots, torch.tensor(plan.starts), self.caches
-        )
-        drawn = self.sampler.take_likeliest(plan.slots, token_ids, logprobs, logits)
-        return StepResult(
-            step_id=plan.step_id,
-            token_ids=drawn.token_ids.tolist(),
-            logprobs=drawn.logprobs.tolist(),
-            failed=drawn.failed or None,
-        )
+        step = stack.greedy(self.batch.tokens, self.batch.host_tables, plan.slots, plan.starts, self.caches)
+        token_ids, logprobs = step.token_ids.tolist(), step.logprobs.tolist()
+        failed = self.sampler.take_likeliest(plan.slots, token_ids, logprobs, step.logits)
+        return StepResult(plan.step_id, token_ids, logprobs, failed=failed or None)
 
     def _sample(self, plan: StepPlan, inputs: ModelInputs, hidden: torch.Tensor) -> Sampled:
         rows = [row for row, _ in plan.samples]

@@ -51,7 +51,9 @@ def test_a_row_without_a_likeliest_token_fails_alone() -> None:
         sampler.add(slot, SamplingParams(temperature=0), 0, [1], [], None)
     assert sampler.only_likeliest([1, 2])
     logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, float("nan"), 2.0]])
-    drawn = sampler.take_likeliest([1, 2], torch.tensor([2, 0]), torch.tensor([-0.4, float("nan")]), logits)
-    assert drawn.token_ids.tolist() == [2, 0] and drawn.failed == {1: "the logits are not finite"}
+    token_ids, logprobs = [2, 1], [-0.4, float("nan")]
+    failed = sampler.take_likeliest([1, 2], token_ids, logprobs, logits)
+    assert failed == {1: "the logits are not finite"}
+    assert (token_ids, logprobs[0], logprobs[1]) == ([2, 0], pytest.approx(-0.4), 0.0)
     sampler.add(2, SamplingParams(temperature=0.5), 0, [1], [], None)
     assert not sampler.only_likeliest([1, 2])
