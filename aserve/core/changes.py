@@ -23,11 +23,13 @@ class Commit:
     """What a finished step changed, in the order it is to be told.
 
     prompt_tokens: tokens of prompts it took care of, those found in the prefix cache included.
+    steps: how many tokens each of its sequences got.
     """
 
     tokens: list[TokenUpdate] = field(default_factory=list)
     failed: list[tuple[SequenceGroup, str]] = field(default_factory=list)
     prompt_tokens: int = 0
+    steps: int = 1
 
 
 @dataclass(slots=True)
