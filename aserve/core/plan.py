@@ -140,6 +140,7 @@ def describe(seq: Sequence) -> NewSequence:
         rng_seed=seq.rng_seed,
         eos_token_id=group.eos_token_id,
         want_prompt_logprobs=group.wants_prompt_logprobs,
+        pooled=group.pooling is not None,
     )
 
 

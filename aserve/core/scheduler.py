@@ -184,6 +184,11 @@ class Scheduler:
             have = ticket.rows[row].group.prompt_logprobs
             have.extend(entries[len(have) - plan.starts[row] :])
         caching, block_size = self.limits.prefix_caching, self.limits.block_size
+        for index, vector in (result.pooled or {}).items():
+            seq = ticket.samples[index]
+            if not seq.finished:
+                self.finish(seq, SequenceStatus.FINISHED_STOPPED)
+                changes.pooled.append((seq.group, vector))
         failed = result.failed or {}
         details = result.details or {}
         samples = ticket.samples

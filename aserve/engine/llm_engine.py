@@ -33,11 +33,12 @@ from aserve.messages.inputs import (
     LoRARequest,
     MultiModalData,
     OutputKind,
+    PoolingParams,
     PromptInputs,
     RequestOptions,
     UsageContext,
 )
-from aserve.messages.outputs import RequestOutput
+from aserve.messages.outputs import EmbeddingRequestOutput, RequestOutput
 from aserve.messages.params import SamplingParams
 from aserve.messages.step import StepPlan, StepResult
 from aserve.tokenizer.loader import load_generation_eos, load_tokenizer
@@ -134,7 +135,7 @@ class LLMEngine:
         )
         self._step_seconds = 0.0
         self.output = OutputProcessor(self.core, tokenizer, self.stats)
-        self._ready_outputs: list[RequestOutput] = []
+        self._ready_outputs: list[RequestOutput | EmbeddingRequestOutput] = []
         self._preemptions_told = 0
         # Not a bound method: the statistics must not keep the engine, and its device memory, alive.
         stats, core = self.stats, self.core
@@ -185,7 +186,7 @@ class LLMEngine:
         self,
         request_id: str,
         inputs: PromptInputs | None,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         prompt_token_ids: list[int] | None = None,
         arrival_time: float | None = None,
         lora_request: LoRARequest | None = None,
@@ -198,7 +199,7 @@ class LLMEngine:
         QueueFullError when too many requests wait.
         A prompt longer than the model allows is no error: it ends at once with finish_reason "length".
         """
-        params = self.input.check_params(params)
+        checked = self.input.check_params(params)
         self.check_room()
         text, ids = self.input.split(inputs, prompt_token_ids)
         if ids is None:
@@ -207,7 +208,7 @@ class LLMEngine:
             request_id,
             text,
             ids,
-            params,
+            checked,
             time.time() if arrival_time is None else arrival_time,
             lora_request,
             multi_modal_data,
@@ -330,8 +331,11 @@ class LLMEngine:
             prefix_hits=core.prefix_counts.hits,
         )
 
-    def step(self) -> list[RequestOutput]:
-        """Runs one iteration and returns the outputs it produced, cumulative; [] if there is no work."""
+    def step(self) -> list[RequestOutput | EmbeddingRequestOutput]:
+        """Runs one iteration and returns the outputs it produced, cumulative; [] if there is no work.
+
+        A request with PoolingParams has one EmbeddingRequestOutput.
+        """
         plan = self.schedule()
         if plan is not None:
             self.commit(plan, self.executor.submit(plan).result())

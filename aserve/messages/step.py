@@ -14,6 +14,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from aserve.messages.params import SamplingParams
 
 
@@ -26,6 +28,7 @@ class NewSequence:
     block_ids: KV blocks for its first tokens; later plans append through ``new_blocks``.
     rng_seed: 64-bit seed of the sequence's draws; the draw for output position ``i`` depends on
         ``(rng_seed, i)`` alone, so batch neighbours and preemption cannot change it.
+    pooled: its sample is not a token but the final hidden state at the last position.
     """
 
     slot: int
@@ -37,6 +40,7 @@ class NewSequence:
     rng_seed: int
     eos_token_id: int | None = None
     want_prompt_logprobs: bool = True
+    pooled: bool = False
 
 
 @dataclass(slots=True)
@@ -121,6 +125,8 @@ class StepResult:
     details: index into ``samples`` -> ranks and top-k, for sequences that asked for logprobs.
     prompt_logprobs: row -> one entry per computed prompt position that predicts a prompt token:
         for tokens ``starts + 1 ..`` of the row, in order.
+    pooled: index into ``samples`` -> final hidden state, float32 ``[H]``, for pooled sequences. Their
+        ``token_ids`` entry is meaningless.
     failed: index into ``samples`` -> reason, for rows that could not be sampled (NaN logits, a
         logits processor that raised). Their ``token_ids`` entry is meaningless.
     steps: how many were made of the plan's ``max_steps``.
@@ -133,6 +139,7 @@ class StepResult:
     details: dict[int, SampleLogprobs] | None = None
     prompt_logprobs: dict[int, list[SampleLogprobs]] | None = None
     failed: dict[int, str] | None = None
+    pooled: dict[int, np.ndarray] | None = None
     steps: int = 1
     seconds: float = 0.0
 

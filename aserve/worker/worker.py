@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from aserve import ops
@@ -133,6 +135,8 @@ class Worker:
             prompt_logprobs = self._prompt_logprobs(plan, inputs, hidden)
         if not plan.samples:
             return StepResult(plan.step_id, [], [], prompt_logprobs=prompt_logprobs)
+        if self.batch.pools(plan):
+            return self._pooling_step(plan, inputs, hidden, prompt_logprobs)
         sampled = self._sample(plan, inputs, hidden)
         return StepResult(
             step_id=plan.step_id,
@@ -154,6 +158,7 @@ class Worker:
             and plan.num_prefill_rows == 0
             and plan.samples == list(enumerate(plan.slots))
             and not self.batch.wants_prompt_logprobs
+            and not self.batch.pools(plan)
             and self.sampler.only_likeliest(plan.slots)
         )
 
@@ -195,6 +200,38 @@ class Worker:
         sampled = self.sampler.sample(logits, rows, [slot for _, slot in plan.samples])
         self.batch.store_drawn(plan, sampled.token_ids)
         return sampled
+
+    def _pooling_step(
+        self,
+        plan: StepPlan,
+        inputs: ModelInputs,
+        hidden: torch.Tensor,
+        prompt_logprobs: dict[int, list[SampleLogprobs]] | None,
+    ) -> StepResult:
+        """The result of a step with vectors among its samples; the other samples draw as ever."""
+        count = len(plan.samples)
+        result = StepResult(plan.step_id, [0] * count, [0.0] * count, prompt_logprobs=prompt_logprobs)
+        pooled = [i for i, (_, slot) in enumerate(plan.samples) if slot in self.batch.pooled]
+        drawn = [i for i, (_, slot) in enumerate(plan.samples) if slot not in self.batch.pooled]
+        failed: dict[int, str] = {}
+        if pooled:
+            last = inputs.last_tokens[[plan.samples[i][0] for i in pooled]]
+            vectors = hidden[torch.from_numpy(last).to(self.device)].float().cpu().numpy()
+            result.pooled = {}
+            for i, vector in zip(pooled, vectors, strict=True):
+                if np.isfinite(vector).all():
+                    result.pooled[i] = vector
+                else:
+                    failed[i] = "the hidden state is not finite"
+        if drawn:
+            sampled = self._sample(replace(plan, samples=[plan.samples[i] for i in drawn]), inputs, hidden)
+            tokens, logprobs = sampled.token_ids.tolist(), sampled.logprobs.tolist()
+            for i, token, logprob in zip(drawn, tokens, logprobs, strict=True):
+                result.token_ids[i], result.logprobs[i] = token, logprob
+            result.details = {drawn[i]: details for i, details in sampled.details.items()} or None
+            failed.update((drawn[i], reason) for i, reason in sampled.failed.items())
+        result.failed = failed or None
+        return result
 
     def _prompt_logprobs(
         self, plan: StepPlan, inputs: ModelInputs, hidden: torch.Tensor

@@ -110,6 +110,7 @@ SERVER: dict[str, Any] = {
     "ssl_cert_reqs": 0,
     "root_path": None,
     "middleware": [],
+    "strict_fields": False,
     "drain_timeout": 30.0,
     "max_body_size": 16 * 1024 * 1024,
 }

@@ -120,6 +120,7 @@ SERVER_FLAGS: list[tuple[str, list[str], Any]] = [
     ("response_role", ["bot"], "bot"),
     ("root_path", ["/llm/"], "/llm"),
     ("middleware", ["a.b"], ["a.b"]),
+    ("strict_fields", [], True),
     ("drain_timeout", ["1.5"], 1.5),
     ("max_body_size", ["1000"], 1000),
 ]

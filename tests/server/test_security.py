@@ -21,6 +21,7 @@ KEYED = {
     "/v1/embeddings",
     "/tokenize",
     "/detokenize",
+    "/tokenizer_info",
 }
 
 

@@ -49,7 +49,13 @@ async def create_chat_completion() -> Response:
 
     messages = conversation(body.messages)
     await engine.check_room()
-    text = await render(engine, messages, add_generation_prompt=body.add_generation_prompt)
+    text = await render(
+        engine,
+        messages,
+        add_generation_prompt=body.add_generation_prompt,
+        documents=body.documents,
+        template_kwargs=body.template_variables(),
+    )
     prompt = await prompts.tokenise(
         engine,
         text,
@@ -104,14 +110,21 @@ def _text(content: str | list[dict[str, Any]], place: str) -> str:
         return content
     texts = []
     for part in content:
-        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+        kind = part.get("type")
+        text = part.get(kind) if kind in ("text", "refusal") else None
+        if not isinstance(text, str):
             raise InvalidRequestError(f"{place}: only text parts are supported", param="messages")
-        texts.append(part["text"])
+        texts.append(text)
     return "\n".join(texts)
 
 
 async def render(
-    engine: AsyncLLMEngine, messages: list[dict[str, str]], *, add_generation_prompt: bool
+    engine: AsyncLLMEngine,
+    messages: list[dict[str, str]],
+    *,
+    add_generation_prompt: bool,
+    documents: list[dict[str, Any]] | None = None,
+    template_kwargs: dict[str, Any] | None = None,
 ) -> str:
     """The prompt the chat template makes of ``messages``; its errors are the request's (400)."""
     tokenizer = await prompts.tokenizer_of(engine)
@@ -119,7 +132,12 @@ async def render(
 
     def work() -> str:
         return render_chat(
-            tokenizer, messages, chat_template=template, add_generation_prompt=add_generation_prompt
+            tokenizer,
+            messages,
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            documents=documents,
+            template_kwargs=template_kwargs,
         )
 
     if sum(len(message["content"]) for message in messages) < LONG_CONVERSATION:
