@@ -176,7 +176,7 @@ class OutputProcessor:
             except Exception as error:  # one request's text must never end the loop for all others
                 self._give_up(state, "making its text", error)
         for last, count in waited.items():
-            self._stats.on_output_token(now - last, count)
+            self._stats.on_output_token((now - last) / changes.steps, count * changes.steps)
         for group, reason in changes.failed:
             failed = states.get(group.request_id)
             if failed is not None:

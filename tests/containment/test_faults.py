@@ -189,14 +189,8 @@ def holds_victim(state: Any, slots: list[int]) -> bool:
 
 
 async def one_more(client: httpx.AsyncClient, **values: Any) -> tuple[list[Any], tuple[int, list[Any]]]:
-    body = {
-        "model": "tiny",
-        "prompt": "victim",
-        "max_tokens": 10,
-        "ignore_eos": True,
-        "seed": VICTIM,
-        **values,
-    }
+    body = {"model": "tiny", "prompt": "victim", "max_tokens": 10, "ignore_eos": True, "seed": VICTIM}
+    body |= values
     *others, own = await asyncio.gather(
         *(ask(client, path, body) for path, body in calls()), ask(client, "/v1/completions", body)
     )

@@ -34,7 +34,6 @@ def test_an_idle_engine_never_stalls() -> None:
 
 
 async def test_a_step_that_does_not_come_back(make_async, monkeypatch) -> None:
-    monkeypatch.setattr(watch, "LAG_INTERVAL", 0.02)
     monkeypatch.setattr(watch.watch_loop_lag, "__defaults__", (0.02,))
     go_on = threading.Event()
 

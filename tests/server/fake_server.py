@@ -18,7 +18,7 @@ from tests.server.fake_engine import FakeEngine
 
 
 async def die(engine: FakeEngine) -> None:
-    while not engine.num_unfinished:
+    while not engine.num_unfinished:  # noqa: ASYNC110 - the fake has no event for it
         await asyncio.sleep(0.01)
     await asyncio.sleep(1.0)
     engine.die("the engine loop has failed: RuntimeError: lost at 0x7f0000c0ffee")
