@@ -6,6 +6,7 @@
       ClientError                 the request is at fault: HTTP 4xx
         + InvalidRequestError     400; also a ValueError, so library callers can catch it as one
         + AuthenticationError     401
+        + ForbiddenError          403; a key without the scope that is needed
         + NotFoundError           404
         + RequestTimeoutError     408; not completed within the time its caller gave it
         + QueueFullError          429; carries retry_after seconds
@@ -58,6 +59,13 @@ class InvalidRequestError(ClientError, ValueError):
 class AuthenticationError(ClientError):
     status = 401
     type = "AuthenticationError"
+
+
+class ForbiddenError(ClientError):
+    """The key is valid and not enough."""
+
+    status = 403
+    type = "PermissionDeniedError"
 
 
 class NotFoundError(ClientError):

@@ -39,7 +39,11 @@ def lora_module(text: str) -> LoRAModule:
 class ServerArgs:
     """Arguments of the HTTP server; :meth:`check` raises ConfigError for values that cannot work."""
 
-    host: str | None = arg(None, group=_SERVER, help="Host name or address to listen on; unset: every one.")
+    host: str | None = arg(
+        "127.0.0.1",
+        group=_SERVER,
+        help="Host name or address to listen on; 0.0.0.0 or None: every one.",
+    )
     port: int = arg(8000, group=_SERVER, help="Port number; 0 takes a free one.")
     log_level: str = arg(
         "info",
@@ -66,6 +70,12 @@ class ServerArgs:
         action="extend",
         metavar="KEY",
         help="Require one of these keys as bearer token. ASERVE_API_KEY in the environment wins over it.",
+    )
+    api_key_file: str | None = arg(
+        None,
+        group=_SERVER,
+        help="File of further keys, read again at SIGHUP: one a line as KEY, NAME KEY or NAME KEY admin. "
+        "Logs show names; the routes under /admin need a key marked admin.",
     )
     lora_modules: list[LoRAModule] | None = arg(
         None,

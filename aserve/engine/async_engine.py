@@ -18,10 +18,17 @@ from aserve.config.engine import EngineConfig
 from aserve.config.model import ModelConfig
 from aserve.engine import loop, pooling
 from aserve.engine.llm_engine import LLMEngine
+from aserve.engine.report import facts
 from aserve.engine.stats import EngineStats
 from aserve.engine.stream import Mailbox, OutputStream
 from aserve.engine.watch import Progress, watch_loop_lag
-from aserve.errors import AserveError, EngineBusyError, EngineDeadError, InvalidRequestError
+from aserve.errors import (
+    AserveError,
+    EngineBusyError,
+    EngineDeadError,
+    InvalidRequestError,
+    RequestFailedError,
+)
 from aserve.log import RequestLog
 from aserve.messages.inputs import (
     LoRARequest,
@@ -130,6 +137,7 @@ class AsyncLLMEngine:
             if self.engine is None:
                 self.engine = await anyio.to_thread.run_sync(self._build)
                 self.engine.output.request_log = self._request_log
+                _count_tasks(self.engine.stats)
             if self._task is None:
                 self.start_background_loop()
 
@@ -332,10 +340,10 @@ class AsyncLLMEngine:
                 state.mailbox.end()
             self._abort_now(request_id)
 
-    def _abort_now(self, request_id: str) -> None:
+    def _abort_now(self, request_id: str, cause: str = "caller") -> None:
         if self.engine is None or self.failed is not None:
             return
-        self.engine.abort_request(request_id)
+        self.engine.abort_request(request_id, cause)
         if not self.num_unfinished:
             self._set_idle()
         # Freed blocks or slots may let a waiting request in.
@@ -378,6 +386,24 @@ class AsyncLLMEngine:
             raise self.failed
         if self._refusal is not None:
             raise EngineBusyError(self._refusal)
+
+    def unfinished(self) -> list[dict[str, Any]]:
+        """What is known of every unfinished request, in numbers: nothing of its prompt or its text."""
+        return (
+            []
+            if self.engine is None
+            else [facts(group, time.time()) for group in self.engine.core.groups.values()]
+        )
+
+    def end_request(self, request_id: str, reason: str) -> bool:
+        """Ends a request with RequestFailedError(reason); False if there is none of that id."""
+        if self.engine is None or request_id not in self.engine.core.groups:
+            return False
+        self.engine.fail_request(request_id, RequestFailedError(reason), "operator")
+        self._work.set()
+        if not self.num_unfinished:
+            self._set_idle()
+        return True
 
     # ---------------------------------------------------------------- draining
 
@@ -433,3 +459,15 @@ class AsyncLLMEngine:
     async def do_log_stats(self) -> None:
         if self.engine is not None:
             self.engine.do_log_stats()
+
+
+def _count_tasks(stats: EngineStats) -> None:
+    """Has every rendering of the metrics count the running loop's tasks."""
+    loop, refresh = asyncio.get_running_loop(), stats.refresh
+
+    def refresh_all() -> None:
+        if refresh is not None:
+            refresh()
+        stats.set_tasks(len(asyncio.all_tasks(loop)))
+
+    stats.refresh = refresh_all

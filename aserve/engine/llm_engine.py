@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 from aserve import registry
@@ -139,7 +140,12 @@ class LLMEngine:
         self._preemptions_told = 0
         # Not a bound method: the statistics must not keep the engine, and its device memory, alive.
         stats, core = self.stats, self.core
-        stats.refresh = lambda: stats.set_load(**_load_of(core))
+
+        def refresh() -> None:
+            stats.set_load(**_load_of(core))
+            stats.set_ledger(asdict(core.ledger))
+
+        stats.refresh = refresh
         self.phases = {**self.capacity.phases, "tokenizer": tokenizer_seconds}
         self.phases["total"] = time.perf_counter() - started
         self._log_start()
@@ -257,16 +263,18 @@ class LLMEngine:
         ids = [request_id] if isinstance(request_id, str) else list(request_id)
         for each in ids:
             self.output.drop(each)
-            if self.core.abort(each) is not None:
+            group = self.core.abort(each)
+            if group is not None:
                 self.stats.on_aborted(cause)
-                self.output.request_log.aborted(each, cause=cause)
+                self.output.log_end(f"aborted: {cause}", group)
 
     def fail_request(self, request_id: str, error: AserveError, cause: str) -> None:
         """Ends a request by an error that its caller sees."""
         self.output.fail(request_id, error)
-        if self.core.abort(request_id) is not None:
+        group = self.core.abort(request_id)
+        if group is not None:
             self.stats.on_aborted(cause)
-            self.output.request_log.aborted(request_id, cause=cause)
+            self.output.log_end(f"aborted: {cause}", group)
 
     def has_unfinished_requests(self) -> bool:
         return self.core.num_unfinished > 0
@@ -313,7 +321,7 @@ class LLMEngine:
             self.output.end_without_tokens(group.seqs[0])  # nobody to raise it at: finish_reason says it
         self.output.fail(group.request_id, error)
         self.stats.on_aborted("timeout")
-        self.output.request_log.aborted(group.request_id, cause="timeout")
+        self.output.log_end("aborted: timeout", group)
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Applies a finished step and hands its outputs out."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aserve.core.scheduler import Commit, Scheduler, TokenUpdate
 from aserve.core.sequence import Sequence, SequenceGroup, SequenceStatus
 from aserve.engine.pooling import embedding_of
+from aserve.engine.report import facts
 from aserve.engine.stats import EngineStats
 from aserve.engine.stream import Mailbox
 from aserve.errors import AserveError, RequestFailedError
@@ -189,6 +190,11 @@ class OutputProcessor:
             if pooled is not None:
                 self._emit_vector(pooled, vector, now)
 
+    def log_end(self, cause: str, group: SequenceGroup) -> None:
+        """The one line that every request ends with."""
+        if self.request_log.active:
+            self.request_log.ended(cause, facts(group, time.time()))
+
     def _give_up(self, state: RequestState, what: str, error: Exception) -> None:
         """Ends one request whose output cannot be made; nobody else's is touched."""
         group = state.group
@@ -198,10 +204,9 @@ class OutputProcessor:
         self._tell_failed(state, f"{what} failed ({type(error).__name__})")
 
     def _tell_failed(self, state: RequestState, reason: str) -> None:
-        request_id = state.group.request_id
-        self.states.pop(request_id, None)
+        self.states.pop(state.group.request_id, None)
         self._stats.on_failed("request")
-        self.request_log.failed(request_id, cause=reason)
+        self.log_end(f"failed: {reason}", state.group)
         if state.mailbox is not None:
             state.mailbox.fail(RequestFailedError(f"the request could not be completed: {reason}"))
 
@@ -391,16 +396,13 @@ class OutputProcessor:
     def _count_finished(self, group: SequenceGroup, now: float) -> None:
         if group.seqs[0].status is SequenceStatus.FINISHED_IGNORED:
             self._stats.on_rejected("prompt_too_long")
+            self.log_end("prompt too long", group)
             return
         if any(seq.status is SequenceStatus.FINISHED_ABORTED for seq in group.seqs):
             return  # counted by whoever aborted it
-        self.request_log.finished(
-            group.request_id,
-            reasons=[seq.finish_reason for seq in group.seqs],
-            prompt_tokens=group.num_prompt_tokens,
-            generation_tokens=sum(seq.num_output_tokens for seq in group.seqs),
-            seconds=now - group.arrival_time,
-        )
+        self.log_end(",".join(str(seq.finish_reason) for seq in group.seqs), group)
+        if group.first_scheduled_time is not None:
+            self._stats.on_scheduled(group.first_scheduled_time - group.arrival_time)
         self._stats.on_finished(
             e2e=now - group.arrival_time,
             prompt_tokens=group.num_prompt_tokens,

@@ -51,13 +51,11 @@ def _answer(well: bool, reason: str) -> Response:
 
 
 @blueprint.get("/version")
-@open_to_all
 async def version() -> Response:
     return Response(orjson.dumps({"version": aserve.__version__}), content_type="application/json")
 
 
 @blueprint.get("/metrics")
-@open_to_all
 async def metrics() -> Response:
     """Prometheus text; empty before the model is loaded and with ``--disable-log-stats``."""
     shared = service()

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from quart import current_app, request
+from quart import current_app, g, request
 
 from aserve.errors import AserveError, EngineBusyError, EngineDeadError
 from aserve.server.direct import Courier
@@ -190,7 +190,11 @@ def client_request_id() -> str | None:
 
 
 def log_client_id(request_id: str) -> None:
-    """Ties our request id to the client's in the log."""
-    given = client_request_id()
-    if given is not None and service().log_requests:
+    """Ties our request id to the client's, and to the name of its key, in the log."""
+    given, key = client_request_id(), g.get("key_name")
+    if not service().log_requests:
+        return
+    if given is not None:
         logger.info("%s has X-Request-Id %s", request_id, given)
+    if key is not None:
+        logger.info("%s has key %s", request_id, key)
