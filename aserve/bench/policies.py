@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -58,7 +58,7 @@ def gaps(came: list[list[float]], first: float, last: float) -> dict[str, float]
     found = [
         1e3 * (after - before)
         for each in came
-        for before, after in zip(each, each[1:], strict=False)
+        for before, after in itertools.pairwise(each)
         if first <= after and before <= last
     ]
     return {f"p{p}": float(np.percentile(found, p)) for p in (50, 99)} | {"max": max(found)}
@@ -108,7 +108,8 @@ async def overload(model: str, limit: int, thrown: int, at_once: int) -> dict[st
     port = "8371"
     flags = ["--max-num-seqs", "1", "--max-waiting-requests", str(limit), "--disable-log-requests"]
     command = [sys.executable, "-m", "aserve", "serve", model, "--port", port, *flags]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = asyncio.subprocess.DEVNULL
+    server = await asyncio.create_subprocess_exec(*command, stdout=quiet, stderr=quiet)
     client = Client(f"http://127.0.0.1:{port}")
     try:
         await _ready(client)
@@ -139,7 +140,7 @@ async def overload(model: str, limit: int, thrown: int, at_once: int) -> dict[st
             task.cancel()
     finally:
         server.terminate()
-        server.wait(60)
+        await server.wait()
     return {
         "thrown": thrown,
         "refused": refused,
