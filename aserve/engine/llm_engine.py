@@ -26,6 +26,7 @@ from aserve.core.scheduler import Scheduler, SchedulerLimits
 from aserve.core.sequence import SequenceGroup
 from aserve.engine.input import InputProcessor
 from aserve.engine.output import OutputProcessor, Sink
+from aserve.engine.pace import Pace
 from aserve.engine.stats import EngineStats
 from aserve.engine.stream import Mailbox
 from aserve.errors import AserveError, ConfigError, QueueFullError, RequestTimeoutError
@@ -131,10 +132,10 @@ class LLMEngine:
                 num_lookahead_slots=scheduler_config.num_lookahead_slots,
                 max_waiting_requests=scheduler_config.max_waiting_requests,
                 max_waiting_tokens=scheduler_config.max_waiting_tokens,
-                max_steps=self._max_steps(scheduler_config.num_scheduler_steps),
             )
         )
-        self._step_seconds = 0.0
+        self._max_steps = self._most_steps(scheduler_config.num_scheduler_steps)
+        self._pace = Pace(scheduler_config.max_decode_slowdown)
         self.output = OutputProcessor(self.core, tokenizer, self.stats)
         self._ready_outputs: list[RequestOutput | EmbeddingRequestOutput] = []
         self._preemptions_told = 0
@@ -286,14 +287,18 @@ class LLMEngine:
 
     def schedule(self) -> StepPlan | None:
         """Decides the next step, and tells callers about requests that ended without one."""
-        plan = self.core.schedule(time.time(), self._steps_at_once(), _RUN_SECONDS)
+        plan = self.core.schedule(
+            time.time(), self._steps_at_once(), _RUN_SECONDS, self._pace.prompt_tokens()
+        )
+        if plan is not None:
+            self._pace.issued(plan)
         for group in self.core.take_expired():
             self._expire(group)
         for seq in self.core.take_capped():
             self.output.end_without_tokens(seq)
         return plan
 
-    def _max_steps(self, asked: int | None) -> int:
+    def _most_steps(self, asked: int | None) -> int:
         most = self.capacity.max_steps
         if asked is not None and asked > most:
             raise ConfigError(
@@ -309,9 +314,10 @@ class LLMEngine:
         While one such plan is computed nothing else is decided. Less would be gained by doing so where
         a step takes long.
         """
-        if not self._step_seconds:
-            return self.core.limits.max_steps
-        return max(1, min(self.core.limits.max_steps, int(_RUN_SECONDS / self._step_seconds)))
+        seconds = self._pace.step_seconds
+        if not seconds:
+            return self._max_steps
+        return max(1, min(self._max_steps, int(_RUN_SECONDS / seconds)))
 
     def _expire(self, group: SequenceGroup) -> None:
         """Tells the caller of a request, and the books, that its time was up."""
@@ -326,8 +332,7 @@ class LLMEngine:
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Applies a finished step and hands its outputs out."""
         now = time.time()
-        if not plan.num_prefill_rows:
-            self._step_seconds = result.seconds / result.steps
+        self._pace.took(plan, result)
         changes = self.core.commit(plan, result, now)
         self.output.process(changes, now)
         core = self.core

@@ -231,5 +231,5 @@ def test_steps_are_as_many_as_fit_the_time(make_engine):
     engine = make_engine(max_steps=16)
     assert engine._steps_at_once() == 16
     for seconds, steps in ((0.0005, 16), (0.004, 4), (0.009, 1), (0.5, 1)):
-        engine._step_seconds = seconds
+        engine._pace._decode_seconds = seconds
         assert engine._steps_at_once() == steps
