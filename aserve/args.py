@@ -395,7 +395,7 @@ class AsyncEngineArgs(EngineArgs):
     max_log_len: int | None = arg(
         None,
         group=_ASYNC,
-        help="Most prompt characters and token ids logged per request; unset: nothing of what a request says.",
+        help="Most prompt characters and token ids logged per request; unset: nothing of what it says.",
     )
 
 

@@ -71,7 +71,7 @@ async def test_keys(engine: FakeEngine) -> None:
             {"Authorization": "first-key"},
             {"Authorization": "Basic first-key"},
             {"Authorization": "Bearer"},
-            {"X-Api-Key": "first-ke"},
+            {"X-Api-Key": "first-key"},
             {"X-Api-Key": "first-key", "Authorization": "Bearer wrong"},
         ]
         for headers in wrong:
