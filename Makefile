@@ -13,12 +13,13 @@
 # make quality  how far packed weights move the next-token distribution, beside llama.cpp's on the same file
 # make guard    instructions of the kernels and of a step's Python against the figures committed
 # make readme   write the tables of arguments in the README anew
+# make policies latency beside a long prompt, of a shared prefix, and of a full queue, on an idle machine
 # make clean    remove .venv, .venv-bench and every cache
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup serve test test-slow fuzz lint cuda kernels-full kernels-asan load bench peers quality guard readme chromium clean
+.PHONY: setup serve test test-slow fuzz lint cuda kernels-full kernels-asan load bench policies peers quality guard readme chromium clean
 
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -141,6 +142,9 @@ bench: setup $(TEST_MODELS) peers
 	$(PY) -m aserve.bench.compare --peers $(BENCH_VENV)/bin/python --only '$(ONLY)' --rounds $(ROUNDS) \
 	    --threads $(THREADS) --busy $(BUSY)
 	$(BENCH_VENV)/bin/python -m aserve.bench.plot build/bench
+
+policies: setup
+	$(PY) -m aserve.bench.policies
 
 quality: setup $(TEST_MODELS) peers
 	$(PY) -m aserve.bench.quality --peers $(BENCH_VENV)/bin/python --threads $(THREADS)

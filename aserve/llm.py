@@ -14,6 +14,7 @@ from anyio.from_thread import start_blocking_portal
 from tqdm import tqdm
 
 from aserve.args import EngineArgs
+from aserve.engine import pooling
 from aserve.engine.async_engine import AsyncLLMEngine
 from aserve.engine.llm_engine import LLMEngine
 from aserve.engine.stream import OutputStream
@@ -26,11 +27,12 @@ from aserve.messages.inputs import (
     PromptInputs,
     UsageContext,
 )
-from aserve.messages.outputs import RequestOutput
+from aserve.messages.outputs import EmbeddingRequestOutput, RequestOutput
 from aserve.messages.params import SamplingParams
 
 Prompts = PromptInputs | list[str] | list[PromptInputs]
-_Request = tuple[PromptInputs | None, list[int] | None, SamplingParams]
+_Params = SamplingParams | PoolingParams
+_Request = tuple[PromptInputs | None, list[int] | None, _Params]
 
 _open: weakref.WeakSet[LLM] = weakref.WeakSet()
 
@@ -43,7 +45,7 @@ def _close_all() -> None:
 
 
 class LLM:
-    """Generates text from prompts, in this process, with the engine the server uses.
+    """Generates text from prompts, or vectors of them, in this process, with the engine the server uses.
 
     The engine runs on an event loop in a thread of its own, so an ``LLM`` also works where a loop is
     already running (a notebook). Use it as a context manager, or call :meth:`close`, to free the model
@@ -76,6 +78,7 @@ class LLM:
     ) -> None:
         self._portal_context = None
         kwargs.setdefault("disable_log_stats", True)
+        kwargs.setdefault("enable_chunked_prefill", None)
         engine_args = EngineArgs(
             model=model,
             tokenizer=tokenizer,
@@ -138,17 +141,42 @@ class LLM:
         prompt longer than the model allows comes back with finish_reason "length" and empty text.
         Interrupting the call (Ctrl-C) aborts what it started.
         """
-        requests = self._pair(prompts, sampling_params, prompt_token_ids)
+        params = SamplingParams() if sampling_params is None else sampling_params
+        requests = self._pair(prompts, params, prompt_token_ids, "sampling_params")
+        return self._complete(requests, use_tqdm, lora_request, multi_modal_data)
+
+    def encode(
+        self,
+        prompts: Prompts | None = None,
+        pooling_params: PoolingParams | list[PoolingParams] | None = None,
+        prompt_token_ids: list[int] | list[list[int]] | None = None,
+        use_tqdm: bool = True,
+        lora_request: LoRARequest | None = None,
+        multi_modal_data: MultiModalData | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """The vector of every prompt, in the order of the input: its last token's final hidden state.
+
+        Prompts and ids are those of :meth:`generate`; pooling_params None means PoolingParams().
+        Raises InvalidRequestError (a ValueError) for bad input, a prompt that is too long included.
+        """
+        params = PoolingParams() if pooling_params is None else pooling_params
+        requests = self._pair(prompts, params, prompt_token_ids, "pooling_params")
+        return [
+            pooling.checked(output)
+            for output in self._complete(requests, use_tqdm, lora_request, multi_modal_data)
+        ]
+
+    def _complete(
+        self,
+        requests: list[_Request],
+        use_tqdm: bool,
+        lora_request: LoRARequest | None,
+        multi_modal_data: MultiModalData | None,
+    ) -> list[Any]:
         if not requests:
             return []
-        bar = tqdm(
-            total=len(requests),
-            desc="Processed prompts",
-            dynamic_ncols=True,
-            disable=not use_tqdm,
-            postfix="generation 0.00 toks/s",
-        )
-        future: Future[list[RequestOutput]] = self._portal.start_task_soon(
+        bar = tqdm(total=len(requests), desc="Processed prompts", dynamic_ncols=True, disable=not use_tqdm)
+        future: Future[list[Any]] = self._portal.start_task_soon(
             self._run_all, requests, bar, lora_request, multi_modal_data
         )
         try:
@@ -159,36 +187,24 @@ class LLM:
         finally:
             bar.close()
 
-    def encode(
-        self,
-        prompts: Prompts | None = None,
-        pooling_params: PoolingParams | list[PoolingParams] | None = None,
-        prompt_token_ids: list[int] | list[list[int]] | None = None,
-        use_tqdm: bool = True,
-        lora_request: LoRARequest | None = None,
-        multi_modal_data: MultiModalData | None = None,
-    ) -> list[Any]:
-        """Embeds prompts, with an embedding model. Every model of this release generates text."""
-        raise InvalidRequestError("this model generates text; it does not serve embeddings")
-
     async def _run_all(
         self,
         requests: list[_Request],
         bar: Any,
         lora_request: LoRARequest | None,
         multi_modal_data: MultiModalData | None,
-    ) -> list[RequestOutput]:
+    ) -> list[Any]:
         streams: list[OutputStream] = []
-        results: list[RequestOutput | None] = [None] * len(requests)
+        results: list[Any] = [None] * len(requests)
         generated = 0
 
         async def collect(index: int, stream: OutputStream) -> None:
             nonlocal generated
-            output = await stream.final()
-            results[index] = output
-            generated += sum(len(each.token_ids) for each in output.outputs)
+            results[index] = output = await stream.final()
+            if isinstance(output, RequestOutput):
+                generated += sum(len(each.token_ids) for each in output.outputs)
             elapsed = bar.format_dict["elapsed"] if not bar.disable else 0
-            if elapsed:
+            if elapsed and generated:
                 bar.set_postfix_str(f"generation {generated / elapsed:.2f} toks/s", refresh=False)
             bar.update(1)
 
@@ -213,15 +229,16 @@ class LLM:
         finally:
             for stream in streams:
                 stream.close()
-        return [output for output in results if output is not None]
+        return results
 
     @staticmethod
     def _pair(
         prompts: Prompts | None,
-        params: SamplingParams | list[SamplingParams] | None,
+        params: _Params | list[SamplingParams] | list[PoolingParams],
         token_ids: list[int] | list[list[int]] | None,
+        name: str,
     ) -> list[_Request]:
-        """One (inputs, token ids, params) per prompt."""
+        """One (inputs, token ids, params) per prompt; ``name`` is what the caller calls ``params``."""
         texts = cast("list[Any] | None", [prompts] if isinstance(prompts, str | dict) else prompts)
         ids: list[Any] | None = token_ids
         if ids and isinstance(ids[0], int):
@@ -234,11 +251,10 @@ class LLM:
                 param="prompt_token_ids",
             )
         count = len(texts) if texts is not None else len(ids or [])
-        each = list(params) if isinstance(params, list) else [params or SamplingParams()] * count
+        each: list[Any] = list(params) if isinstance(params, list) else [params] * count
         if len(each) != count:
             raise InvalidRequestError(
-                f"{count} prompts but {len(each)} sampling_params: the lengths must be the same",
-                param="sampling_params",
+                f"{count} prompts but {len(each)} {name}: the lengths must be the same", param=name
             )
         return [
             (texts[i] if texts is not None else None, ids[i] if ids is not None else None, each[i])

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aserve.errors import InvalidRequestError
-from aserve.messages.params import SamplingParams, SamplingType
+from aserve.messages.params import GuidedParams, SamplingParams, SamplingType
 
 NAN, INF = float("nan"), float("inf")
 
@@ -60,7 +60,7 @@ def test_order_and_defaults_of_the_constructor() -> None:
     parameters = inspect.signature(SamplingParams).parameters
     shown = {name: parameter.default for name, parameter in parameters.items()}
     assert list(shown.items())[: len(ORDER)] == list(ORDER.items())
-    assert list(shown)[len(ORDER) :] == ["logit_bias"]
+    assert list(shown)[len(ORDER) :] == ["logit_bias", "guided"]
     params = SamplingParams(2, 3, 0.1, 0.2, 1.3)
     assert (params.n, params.best_of, params.presence_penalty) == (2, 3, 0.1)
     assert (params.frequency_penalty, params.repetition_penalty) == (0.2, 1.3)
@@ -99,6 +99,7 @@ TAKEN: dict[str, list[Any]] = {
     "logits_processors": [None, [], [max, print]],
     "truncate_prompt_tokens": [None, 1, 10**6],
     "logit_bias": [None, {}, {0: 1}, {"7": -3.5}],
+    "guided": [None, GuidedParams(json_object=True)],
     "early_stopping": [False],
     "length_penalty": [1, 1.0],
 }
@@ -140,6 +141,7 @@ REFUSED: dict[str, list[Any]] = {
         {True: 1},
         {"²": 1},
     ],
+    "guided": [{}, "json", True],
     "early_stopping": [True, "never", "x", None],
     "length_penalty": [0.9, 1.1, NAN, None],
 }

@@ -78,6 +78,7 @@ METHODS = {
     "AsyncLLMEngine": [
         "from_engine_args",
         "generate",
+        "encode",
         "abort",
         "check_health",
         "get_tokenizer",

@@ -89,6 +89,11 @@ class ModelConfig:
     def hidden_size(self) -> int:
         return int(self.text_config.hidden_size)
 
+    @property
+    def output_size(self) -> int:
+        """Width of the final hidden states."""
+        return int(getattr(self.text_config, "word_embed_proj_dim", None) or self.hidden_size)
+
     @cached_property
     def vocab_size(self) -> int:
         return int(self.text_config.vocab_size)

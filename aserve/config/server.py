@@ -101,6 +101,11 @@ class ServerArgs:
         help="Import path of an ASGI middleware class or of a coroutine function (request, call_next); "
         "may be given several times.",
     )
+    strict_fields: bool = arg(
+        False,
+        group=_SERVER,
+        help="Answer 400 to a request with a field this server does not know, instead of ignoring the field.",
+    )
     drain_timeout: float = arg(
         30.0, group=_SERVER, help="Seconds that running requests get to finish at shutdown."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from aserve.messages.inputs import LoRARequest
+from aserve.messages.inputs import LoRARequest, PoolingParams
 from aserve.messages.outputs import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP
 from aserve.messages.params import SamplingParams
 from aserve.messages.step import SampleLogprobs
@@ -154,6 +154,8 @@ class SequenceGroup:
     cache_salt: the prefix cache is shared only among requests with an equal one.
     image_hash: stands for the image that the prompt's image tokens mean.
     swapped: whether it waits with its keys and values in host memory.
+    pooling: set for a request that ends when its prompt is computed, with a vector instead of tokens;
+        ``params`` then allow one token.
     num_cached_tokens: prompt tokens that were not computed because the prefix cache had them; None
         before the request has started.
     """
@@ -185,6 +187,9 @@ class SequenceGroup:
     stop_ids: frozenset[int] = frozenset()
     max_known: int = 0
     width: int = 1
+    repeats: bool = False
+    """Whether nothing but the likeliest token is asked for, and nothing outside looks at each as it comes."""
+    pooling: PoolingParams | None = None
 
     def __post_init__(self) -> None:
         params = self.params
@@ -195,6 +200,7 @@ class SequenceGroup:
         self.max_known = room
         self.stop_ids = frozenset(params.stop_token_ids or ())
         self.expanded = self.width == 1
+        self.repeats = self.width == 1 and self.pooling is None and not params.stop and params.only_likeliest
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -16,21 +16,22 @@ from aserve.args import AsyncEngineArgs, EngineArgs
 from aserve.config.decoding import DecodingConfig
 from aserve.config.engine import EngineConfig
 from aserve.config.model import ModelConfig
-from aserve.engine import loop
+from aserve.engine import loop, pooling
 from aserve.engine.llm_engine import LLMEngine
 from aserve.engine.stats import EngineStats, watch_loop_lag
 from aserve.engine.stream import Mailbox, OutputStream
-from aserve.errors import AserveError, EngineBusyError, EngineDeadError
+from aserve.errors import AserveError, EngineBusyError, EngineDeadError, InvalidRequestError
 from aserve.log import RequestLog
 from aserve.messages.inputs import (
     LoRARequest,
     MultiModalData,
     OutputKind,
+    PoolingParams,
     PromptInputs,
     RequestOptions,
     UsageContext,
 )
-from aserve.messages.outputs import RequestOutput
+from aserve.messages.outputs import EmbeddingRequestOutput, RequestOutput
 from aserve.messages.params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -219,7 +220,7 @@ class AsyncLLMEngine:
     async def submit(
         self,
         inputs: PromptInputs | None,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         request_id: str | None = None,
         prompt_token_ids: list[int] | None = None,
@@ -231,6 +232,7 @@ class AsyncLLMEngine:
     ) -> OutputStream:
         """Validates, tokenises and queues a request; returns its stream.
 
+        The stream of a request with PoolingParams, which needs FINAL_ONLY, has one EmbeddingRequestOutput.
         Raises InvalidRequestError for bad input, QueueFullError when too many requests wait,
         EngineBusyError while draining, EngineDeadError when the engine has ended, KeyError for an id
         already in use. The caller must read or close the stream.
@@ -238,6 +240,10 @@ class AsyncLLMEngine:
         arrival_time = time.time() if arrival_time is None else arrival_time
         engine = await self._serving()
         params = engine.input.check_params(params)
+        if isinstance(params, PoolingParams) and kind is not OutputKind.FINAL_ONLY:
+            raise InvalidRequestError(
+                "PoolingParams are for encode: a vector comes whole (kind FINAL_ONLY)", param="params"
+            )
         engine.check_room(self._tokenizing)
         text, ids = engine.input.split(inputs, prompt_token_ids)
         if ids is None:
@@ -281,6 +287,21 @@ class AsyncLLMEngine:
         try:
             async for output in stream:
                 yield output
+        finally:
+            stream.close()
+
+    async def encode(
+        self, inputs: PromptInputs | None, pooling_params: PoolingParams, request_id: str, **options: Any
+    ) -> AsyncIterator[EmbeddingRequestOutput]:
+        """Yields the prompt's vector, once; ``options`` are the further arguments of :meth:`generate`.
+
+        Leaving the iteration early aborts the request.
+        """
+        kind = OutputKind.FINAL_ONLY
+        stream = await self.submit(inputs, pooling_params, request_id=request_id, kind=kind, **options)
+        try:
+            async for output in stream:
+                yield pooling.checked(output)
         finally:
             stream.close()
 

@@ -20,6 +20,9 @@ from aserve.messages.params import SamplingParams
 
 _MASK64 = (1 << 64) - 1
 
+_POOLED = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
+"""Stands in for the sampling parameters of a request that is not sampled."""
+
 
 class InputProcessor:
     """Validates and tokenises requests. Everything it refuses, it refuses with InvalidRequestError."""
@@ -69,20 +72,27 @@ class InputProcessor:
 
     # ---------------------------------------------------------------- requests
 
-    def check_params(self, params: object) -> SamplingParams:
+    def check_params(self, params: object) -> SamplingParams | PoolingParams:
         """Refuses what this engine cannot honour, before any work is done on the prompt."""
         if isinstance(params, PoolingParams):
-            raise InvalidRequestError(
-                "this model generates text; it does not serve embeddings", param="params"
-            )
+            size = self._config.model.output_size
+            if params.dimensions is not None and params.dimensions > size:
+                raise InvalidRequestError(
+                    f"dimensions must be at most {size}, the width of this model", param="dimensions"
+                )
+            return params
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(
-                f"params must be SamplingParams, got {type(params).__name__}", param="params"
+                f"params must be SamplingParams or PoolingParams, got {type(params).__name__}", param="params"
             )
         if params.use_beam_search:
             raise InvalidRequestError(
                 "use_beam_search is not available in this release; use best_of with a temperature above 0",
                 param="use_beam_search",
+            )
+        if params.guided is not None:
+            raise InvalidRequestError(
+                "guided decoding is not available in this release", param=params.guided.param
             )
         width = params.best_of or params.n
         max_num_seqs = self._config.scheduler.max_num_seqs
@@ -112,7 +122,7 @@ class InputProcessor:
         request_id: str,
         text: str | None,
         token_ids: list[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         arrival_time: float,
         lora_request: LoRARequest | None = None,
         multi_modal_data: MultiModalData | None = None,
@@ -136,6 +146,15 @@ class InputProcessor:
             raise InvalidRequestError(
                 f"token ids must be integers from 0 to {vocab_size - 1}", param="prompt_token_ids"
             )
+        pooling = None
+        if isinstance(params, PoolingParams):
+            longest = self._config.model.max_model_len
+            if len(token_ids) > longest:
+                raise InvalidRequestError(
+                    f"the model's context holds {longest} tokens and the prompt has {len(token_ids)}",
+                    param="prompt",
+                )
+            pooling, params = params.clone(), _POOLED
         params = params.clone()
         if not params.ignore_eos and self._extra_stop_ids:
             params.stop_token_ids = sorted({*(params.stop_token_ids or ()), *self._extra_stop_ids})
@@ -157,4 +176,5 @@ class InputProcessor:
             priority=options.priority,
             deadline=None if options.timeout is None else arrival_time + options.timeout,
             cache_salt=options.cache_salt,
+            pooling=pooling,
         )

@@ -25,24 +25,29 @@ from aserve.core.scheduler import Scheduler, SchedulerLimits
 from aserve.core.sequence import SequenceGroup
 from aserve.engine.input import InputProcessor
 from aserve.engine.output import OutputProcessor, Sink
+from aserve.engine.pace import Pace
 from aserve.engine.stats import EngineStats
 from aserve.engine.stream import Mailbox
-from aserve.errors import AserveError, QueueFullError, RequestTimeoutError
+from aserve.errors import AserveError, ConfigError, QueueFullError, RequestTimeoutError
 from aserve.executor.base import ExecutorBase
 from aserve.messages.inputs import (
     LoRARequest,
     MultiModalData,
     OutputKind,
+    PoolingParams,
     PromptInputs,
     RequestOptions,
     UsageContext,
 )
-from aserve.messages.outputs import RequestOutput
+from aserve.messages.outputs import EmbeddingRequestOutput, RequestOutput
 from aserve.messages.params import SamplingParams
 from aserve.messages.step import StepPlan, StepResult
 from aserve.tokenizer.loader import load_generation_eos, load_tokenizer
 
 logger = logging.getLogger(__name__)
+
+_RUN_SECONDS = 0.016
+"""Most time for the steps of one plan. Their tokens come at once; a display shows nothing more often."""
 
 _LONGEST_RETRY = 60.0
 """Most seconds a refused client is told to wait."""
@@ -128,8 +133,10 @@ class LLMEngine:
                 max_waiting_tokens=scheduler_config.max_waiting_tokens,
             )
         )
+        self._max_steps = self._most_steps(scheduler_config.num_scheduler_steps)
+        self._pace = Pace(scheduler_config.max_decode_slowdown)
         self.output = OutputProcessor(self.core, tokenizer, self.stats)
-        self._ready_outputs: list[RequestOutput] = []
+        self._ready_outputs: list[RequestOutput | EmbeddingRequestOutput] = []
         self._preemptions_told = 0
         # Not a bound method: the statistics must not keep the engine, and its device memory, alive.
         stats, core = self.stats, self.core
@@ -180,7 +187,7 @@ class LLMEngine:
         self,
         request_id: str,
         inputs: PromptInputs | None,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         prompt_token_ids: list[int] | None = None,
         arrival_time: float | None = None,
         lora_request: LoRARequest | None = None,
@@ -193,7 +200,7 @@ class LLMEngine:
         QueueFullError when too many requests wait.
         A prompt longer than the model allows is no error: it ends at once with finish_reason "length".
         """
-        params = self.input.check_params(params)
+        checked = self.input.check_params(params)
         self.check_room()
         text, ids = self.input.split(inputs, prompt_token_ids)
         if ids is None:
@@ -202,7 +209,7 @@ class LLMEngine:
             request_id,
             text,
             ids,
-            params,
+            checked,
             time.time() if arrival_time is None else arrival_time,
             lora_request,
             multi_modal_data,
@@ -236,6 +243,8 @@ class LLMEngine:
         """Hands a request to the scheduler; ``sink`` is called with each of its outputs."""
         with self._counting_refusals():
             accepted = self.core.add(group)
+        if self.core.run_in_flight is not None:
+            self.executor.interrupt(self.core.run_in_flight)
         self.output.add(group, kind, sink, mailbox)
         if not accepted:
             self.output.end_without_tokens(group.seqs[0])
@@ -266,12 +275,37 @@ class LLMEngine:
 
     def schedule(self) -> StepPlan | None:
         """Decides the next step, and tells callers about requests that ended without one."""
-        plan = self.core.schedule(time.time())
+        plan = self.core.schedule(
+            time.time(), self._steps_at_once(), _RUN_SECONDS, self._pace.prompt_tokens()
+        )
+        if plan is not None:
+            self._pace.issued(plan)
         for group in self.core.take_expired():
             self._expire(group)
         for seq in self.core.take_capped():
             self.output.end_without_tokens(seq)
         return plan
+
+    def _most_steps(self, asked: int | None) -> int:
+        most = self.capacity.max_steps
+        if asked is not None and asked > most:
+            raise ConfigError(
+                f"num_scheduler_steps must be at most {most} with this model and device, got {asked}; "
+                "leave it out for what suits them",
+                param="num_scheduler_steps",
+            )
+        return most if asked is None else asked
+
+    def _steps_at_once(self) -> int:
+        """Steps that one plan may hold: as many as fit the time, going by the last ones.
+
+        While one such plan is computed nothing else is decided. Less would be gained by doing so where
+        a step takes long.
+        """
+        seconds = self._pace.step_seconds
+        if not seconds:
+            return self._max_steps
+        return max(1, min(self._max_steps, int(_RUN_SECONDS / seconds)))
 
     def _expire(self, group: SequenceGroup) -> None:
         """Tells the caller of a request, and the books, that its time was up."""
@@ -286,6 +320,7 @@ class LLMEngine:
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Applies a finished step and hands its outputs out."""
         now = time.time()
+        self._pace.took(plan, result)
         changes = self.core.commit(plan, result, now)
         self.output.process(changes, now)
         core = self.core
@@ -301,8 +336,11 @@ class LLMEngine:
             prefix_hits=core.prefix_counts.hits,
         )
 
-    def step(self) -> list[RequestOutput]:
-        """Runs one iteration and returns the outputs it produced, cumulative; [] if there is no work."""
+    def step(self) -> list[RequestOutput | EmbeddingRequestOutput]:
+        """Runs one iteration and returns the outputs it produced, cumulative; [] if there is no work.
+
+        A request with PoolingParams has one EmbeddingRequestOutput.
+        """
         plan = self.schedule()
         if plan is not None:
             self.commit(plan, self.executor.submit(plan).result())

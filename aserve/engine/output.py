@@ -9,6 +9,7 @@ from typing import Any
 
 from aserve.core.scheduler import Commit, Scheduler, TokenUpdate
 from aserve.core.sequence import Sequence, SequenceGroup, SequenceStatus
+from aserve.engine.pooling import embedding_of
 from aserve.engine.stats import EngineStats
 from aserve.engine.stream import Mailbox
 from aserve.errors import AserveError, RequestFailedError
@@ -27,7 +28,8 @@ from aserve.tokenizer.stop import StopChecker
 
 logger = logging.getLogger(__name__)
 
-Sink = Callable[[RequestOutput], None]
+Sink = Callable[[Any], None]
+"""Takes a RequestOutput, or the EmbeddingRequestOutput of a pooled request."""
 
 
 class SequenceText:
@@ -170,7 +172,7 @@ class OutputProcessor:
                     self._scheduler.finish(sibling, SequenceStatus.FINISHED_FAILED)
                 changes.failed.append((group, f"making its text failed ({type(error).__name__})"))
         for last, count in waited.items():
-            self._stats.on_output_token(now - last, count)
+            self._stats.on_output_token((now - last) / changes.steps, count * changes.steps)
         for group, reason in changes.failed:
             self._stats.on_failed("request")
             self.request_log.failed(group.request_id, cause=reason)
@@ -178,6 +180,11 @@ class OutputProcessor:
             dirty.pop(group.request_id, None)
         for state, seqs in dirty.values():
             self._emit(state, seqs, now)
+        for group, vector in changes.pooled:
+            pooled = self.states.pop(group.request_id, None)
+            if pooled is not None:
+                self._count_finished(group, now)
+                pooled.sink(embedding_of(group, vector))
 
     def _text_of(self, state: RequestState, seq: Sequence) -> SequenceText:
         text = state.texts.get(seq.seq_id)

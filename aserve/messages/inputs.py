@@ -88,12 +88,27 @@ class MultiModalData:
 
 @dataclass
 class PoolingParams:
-    """Parameters of an embedding request."""
+    """How a prompt becomes one vector: the final hidden state of its last token.
+
+    additional_data: the caller's own; not looked at.
+    dimensions: keep the first this many components; None keeps all.
+    normalize: scale what is kept to length 1.
+
+    Raises InvalidRequestError (a ValueError) naming the field in ``param``.
+    """
 
     additional_data: Any = None
+    dimensions: int | None = None
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dimensions is not None and (type(self.dimensions) is not int or self.dimensions < 1):
+            raise InvalidRequestError("dimensions must be an integer from 1", param="dimensions")
+        if not isinstance(self.normalize, bool):
+            raise InvalidRequestError("normalize must be true or false", param="normalize")
 
     def clone(self) -> PoolingParams:
-        return PoolingParams(additional_data=self.additional_data)
+        return PoolingParams(self.additional_data, self.dimensions, self.normalize)
 
 
 class UsageContext(enum.StrEnum):

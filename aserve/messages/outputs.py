@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from aserve.messages.inputs import LoRARequest
 
@@ -81,13 +81,17 @@ class RequestOutput:
 
 @dataclass
 class EmbeddingOutput:
+    """The vector of one prompt; its components are float32 values."""
+
     embedding: list[float]
 
 
 @dataclass
 class EmbeddingRequestOutput:
+    """The only output of a request with PoolingParams."""
+
     request_id: str
     outputs: EmbeddingOutput
     prompt_token_ids: list[int]
-    finished: bool
-    extra: dict[str, Any] = field(default_factory=dict)
+    finished: bool = True
+    num_cached_tokens: int | None = None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import enum
+import json
 import math
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from aserve.errors import InvalidRequestError
@@ -29,6 +30,95 @@ class SamplingType(enum.IntEnum):
     RANDOM = 1
     RANDOM_SEED = 2
     BEAM = 3
+
+
+@dataclass(frozen=True)
+class GuidedParams:
+    """What an output must look like, token by token. Exactly one of the first five is set.
+
+    json: a JSON schema, as text or as what ``json.loads`` gives for an object.
+    regex: a regular expression that the whole output matches.
+    choice: strings of which the output is one.
+    grammar: a context-free grammar, in Lark's notation or GBNF.
+    json_object: any JSON object.
+    backend: a guided decoding backend by name; None for the engine's own.
+    whitespace_pattern: regular expression of the whitespace allowed between JSON's tokens.
+    source: the field that errors name; by default ``guided_json`` and so on.
+
+    Raises InvalidRequestError (a ValueError) naming the field in ``param``. Whether a schema, expression
+    or grammar makes sense is found out when it is compiled, before the request is queued.
+    """
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool = False
+    backend: str | None = None
+    whitespace_pattern: str | None = None
+    source: str | None = field(default=None, repr=False, compare=False)
+    kind: str = field(init=False, repr=False, compare=False)
+    """Which of the five is set, by its name."""
+    text: str = field(init=False, repr=False, compare=False)
+    """What it is set to as text; JSON for ``json`` and ``choice``."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.json_object, bool):
+            raise self.refusal("json_object", "must be true or false")
+        given = [name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None]
+        if self.json_object:
+            given.append("json_object")
+        if len(given) != 1:
+            found = f"got {' and '.join(given)}" if given else "got none"
+            raise InvalidRequestError(
+                f"exactly one of json, regex, choice, grammar and json_object must guide the output, {found}",
+                param=self.source or ("guided" if not given else f"guided_{given[-1]}"),
+            )
+        object.__setattr__(self, "kind", given[0])
+        for name in ("regex", "grammar", "backend", "whitespace_pattern"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise self.refusal(name, "must be a string")
+        if self.whitespace_pattern is not None and self.kind not in ("json", "json_object"):
+            raise self.refusal("whitespace_pattern", "needs JSON to be asked for")
+        # Taken now: a schema or a list that its caller changes later must not change this.
+        object.__setattr__(self, "text", self._as_text())
+        try:
+            self.text.encode()
+        except UnicodeEncodeError:
+            raise self.refusal(self.kind, "must be Unicode text without lone surrogates") from None
+
+    @property
+    def param(self) -> str:
+        """The field that errors about the guide itself name."""
+        return self.source or f"guided_{self.kind}"
+
+    def refusal(self, name: str, problem: str) -> InvalidRequestError:
+        """An error about one of this object's fields."""
+        special = {"backend": "guided_decoding_backend", "whitespace_pattern": "guided_whitespace_pattern"}
+        param = special.get(name) or self.source or f"guided_{name}"
+        return InvalidRequestError(f"{param} {problem}", param=param)
+
+    def _as_text(self) -> str:
+        if self.json_object:
+            return ""
+        if self.kind == "choice":
+            if not (isinstance(self.choice, list) and self.choice):
+                raise self.refusal("choice", "must be a list of at least one string")
+            if not all(isinstance(each, str) and each for each in self.choice):
+                raise self.refusal("choice", "must hold strings that are not empty")
+            return json.dumps(self.choice, ensure_ascii=False)
+        value = getattr(self, self.kind)
+        if isinstance(value, str):
+            if not value.strip():
+                raise self.refusal(self.kind, "must not be empty")
+            return value
+        if not isinstance(value, dict):
+            raise self.refusal(self.kind, "must be an object or a string")
+        try:
+            return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            raise self.refusal(self.kind, "must be made of JSON values, and not nested too deep") from None
 
 
 @dataclass(repr=False)
@@ -68,6 +158,7 @@ class SamplingParams:
     logits_processors: see :data:`LogitsProcessor`; applied in order, after ``logit_bias``.
     truncate_prompt_tokens: keep only the last this many prompt tokens; applied by the HTTP server.
     logit_bias: token id -> value added to its logit, each clamped to [-100, 100].
+    guided: what the output must look like; not with beam search.
 
     Raises InvalidRequestError (a ValueError) naming the field in ``param``.
     """
@@ -99,6 +190,7 @@ class SamplingParams:
     logits_processors: list[LogitsProcessor] | None = None
     truncate_prompt_tokens: int | None = None
     logit_bias: dict[int, float] | None = None
+    guided: GuidedParams | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -127,6 +219,20 @@ class SamplingParams:
         if self.temperature < GREEDY_TEMPERATURE:
             return SamplingType.GREEDY
         return SamplingType.RANDOM if self.seed is None else SamplingType.RANDOM_SEED
+
+    @property
+    def only_likeliest(self) -> bool:
+        """Whether a token is the one with the largest logit, and nothing is asked about the others."""
+        return (
+            self.sampling_type is SamplingType.GREEDY
+            and self.logprobs is None
+            and self.prompt_logprobs is None
+            and self.min_tokens == 0
+            and self.guided is None
+            and not self.logit_bias
+            and not self.logits_processors
+            and (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) == (1, 0, 0)
+        )
 
     def clone(self) -> SamplingParams:
         """A deep copy that shares the logits processors, which may hold state or refuse to be copied."""
@@ -161,6 +267,8 @@ class SamplingParams:
             raise _refusal("stop_token_ids", "a list of integers", self.stop_token_ids)
         if not _is_list_of(self.logits_processors, callable):
             raise _refusal("logits_processors", "a list of callables", self.logits_processors)
+        if self.guided is not None and not isinstance(self.guided, GuidedParams):
+            raise _refusal("guided", "GuidedParams or null", self.guided)
 
     def _check_ranges(self) -> None:
         rules: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -199,6 +307,9 @@ class SamplingParams:
             raise _refusal("top_k", "-1 with beam search", self.top_k)
         if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
             raise _refusal("early_stopping", 'true, false or "never"', self.early_stopping)
+        if self.guided is not None:
+            param = self.guided.param
+            raise InvalidRequestError(f"{param} cannot be combined with beam search", param=param)
 
     def _check_not_beam(self) -> None:
         if self.early_stopping is not False:

@@ -97,13 +97,25 @@ class Call(Protocol):
         """The events of one output, b"" if there is nothing to tell."""
 
     def ending(self) -> bytes:
-        """The events after the last output, without ``[DONE]``."""
+        """The events after the last output, without the end of the stream."""
 
 
 class LiveEvents:
-    """The events of a call as its outputs come. Read once, by ``plain`` or by ``direct``."""
+    """The events of a call as its outputs come. Read once, by ``plain`` or by ``direct``.
 
-    def __init__(self, streams: Streams, call: Call, courier: Courier) -> None:
+    failure: the event that tells of an error. done: what ends every stream.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        call: Call,
+        courier: Courier,
+        *,
+        failure: Callable[[BaseException], bytes] = error_event,
+        done: bytes = DONE,
+    ) -> None:
+        self._tell, self._done = failure, done
         self._streams = streams
         self._call = call
         self._courier = courier
@@ -121,10 +133,11 @@ class LiveEvents:
                     yield data
             last = self._call.ending()
         except Exception as error:  # after the head, every failure is an event
-            last = error_event(error)
+            last = self._tell(error)
         finally:
             self._streams.close()
-        yield last + DONE
+        if last + self._done:
+            yield last + self._done
 
     async def direct(self, writer: ChunkWriter) -> AsyncIterator[bytes]:
         """Only the events that ``writer`` could not take; it has the others already."""
@@ -151,12 +164,13 @@ class LiveEvents:
                     yield data
             last = self._call.ending()
         except Exception as error:  # after the head, every failure is an event
-            last = error_event(error)
+            last = self._tell(error)
         finally:
             stream.listen(None)
             self._streams.close()
-        if not writer.write(last + DONE):
-            yield last + DONE
+        last += self._done
+        if last and not writer.write(last):
+            yield last
 
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()

@@ -46,6 +46,8 @@ class BatchState:
         """The same memory as a tensor."""
         self._num_blocks = [0] * num_slots
         self._prompt_lengths: dict[int, int] = {}
+        self.pooled: set[int] = set()
+        """Slots whose sample is a hidden state."""
 
     def apply(self, plan: StepPlan) -> None:
         """Takes over new sequences, forks and table changes."""
@@ -57,10 +59,12 @@ class BatchState:
                 self._prompt_lengths[new.slot] = new.num_prompt_tokens
             else:
                 self._prompt_lengths.pop(new.slot, None)
+            (self.pooled.add if new.pooled else self.pooled.discard)(new.slot)
         for fork in plan.forks:
             self.tokens[fork.slot, : fork.num_tokens] = self.tokens[fork.parent_slot, : fork.num_tokens]
             self._set_table(fork.slot, fork.block_ids)
             self._prompt_lengths.pop(fork.slot, None)
+            self.pooled.discard(fork.slot)
         for slot, taken in plan.new_blocks:
             first = self._num_blocks[slot]
             self._num_blocks[slot] = last = first + len(taken)
@@ -121,6 +125,10 @@ class BatchState:
             del self._prompt_lengths[slot]
             return None
         return count, self.tokens[slot, start + 1 : start + 1 + count].long()
+
+    def pools(self, plan: StepPlan) -> bool:
+        """Whether a row of the plan belongs to a pooled sequence."""
+        return bool(self.pooled) and not self.pooled.isdisjoint(plan.slots)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

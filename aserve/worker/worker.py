@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from aserve import ops
@@ -14,6 +16,9 @@ from aserve.model.loader import load_model
 from aserve.sampling.sampler import Sampled, SamplerState
 from aserve.worker import kv_cache
 from aserve.worker.batch_state import BatchState, ModelInputs
+
+MAX_STEPS = 16
+"""Most steps of one plan."""
 
 _LOGITS_BYTES = 64 << 20
 """Most memory that the logits of prompt positions may take at once."""
@@ -82,6 +87,7 @@ class Worker:
             num_gpu_blocks=num_blocks,
             num_cpu_blocks=num_swap_blocks,
             num_slots=num_slots,
+            max_steps=MAX_STEPS if self.model.greedy_stack is not None else 1,
             phases=phases,
             description={
                 "device": str(self.device),
@@ -92,9 +98,15 @@ class Worker:
             },
         )
 
-    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Handle:
         """Runs a plan. On the CPU the returned step is complete."""
+        started = time.perf_counter()
+        result = self._run(plan)
+        result.seconds = time.perf_counter() - started
+        return _Done(result)
+
+    @torch.inference_mode()
+    def _run(self, plan: StepPlan) -> StepResult:
         self.batch.apply(plan)
         for new in plan.new:
             cut = new.num_prompt_tokens
@@ -115,24 +127,24 @@ class Worker:
         if plan.block_copies:
             ops.copy_blocks(self.caches, plan.block_copies)
         if self._is_greedy(plan):
-            return _Done(self._greedy_step(plan))
+            return self._greedy_steps(plan)
         inputs = self.batch.inputs(plan)
         hidden = self.model.forward(inputs.token_ids, inputs.positions, self.caches, inputs.attention)
         prompt_logprobs = None
         if self.batch.wants_prompt_logprobs:
             prompt_logprobs = self._prompt_logprobs(plan, inputs, hidden)
         if not plan.samples:
-            return _Done(StepResult(plan.step_id, [], [], prompt_logprobs=prompt_logprobs))
+            return StepResult(plan.step_id, [], [], prompt_logprobs=prompt_logprobs)
+        if self.batch.pools(plan):
+            return self._pooling_step(plan, inputs, hidden, prompt_logprobs)
         sampled = self._sample(plan, inputs, hidden)
-        return _Done(
-            StepResult(
-                step_id=plan.step_id,
-                token_ids=sampled.token_ids.tolist(),
-                logprobs=sampled.logprobs.tolist(),
-                details=sampled.details or None,
-                prompt_logprobs=prompt_logprobs,
-                failed=sampled.failed or None,
-            )
+        return StepResult(
+            step_id=plan.step_id,
+            token_ids=sampled.token_ids.tolist(),
+            logprobs=sampled.logprobs.tolist(),
+            details=sampled.details or None,
+            prompt_logprobs=prompt_logprobs,
+            failed=sampled.failed or None,
         )
 
     def _is_greedy(self, plan: StepPlan) -> bool:
@@ -146,24 +158,33 @@ class Worker:
             and plan.num_prefill_rows == 0
             and plan.samples == list(enumerate(plan.slots))
             and not self.batch.wants_prompt_logprobs
+            and not self.batch.pools(plan)
             and self.sampler.only_likeliest(plan.slots)
         )
 
-    def _greedy_step(self, plan: StepPlan) -> StepResult:
+    def _greedy_steps(self, plan: StepPlan) -> StepResult:
         stack = self.model.greedy_stack
         if stack is None:
             raise RuntimeError("this model has no native greedy step")
-        slots = torch.tensor(plan.slots)
-        token_ids, logprobs, logits = stack.greedy(
-            self.batch.tokens, self.batch.host_tables, slots, torch.tensor(plan.starts), self.caches
+        run, steps = stack.greedy(
+            self.batch.tokens,
+            self.batch.host_tables,
+            plan.slots,
+            plan.starts,
+            self.caches,
+            ends=self.sampler.ends[plan.slots] if plan.max_steps > 1 else None,
+            steps=plan.max_steps,
+            seconds=plan.seconds,
+            number=plan.step_id,
         )
-        drawn = self.sampler.take_likeliest(plan.slots, token_ids, logprobs, logits)
-        return StepResult(
-            step_id=plan.step_id,
-            token_ids=drawn.token_ids.tolist(),
-            logprobs=drawn.logprobs.tolist(),
-            failed=drawn.failed or None,
-        )
+        token_ids, logprobs = run.token_ids[:steps].ravel().tolist(), run.logprobs[:steps].ravel().tolist()
+        failed = self.sampler.take_likeliest(plan.slots, token_ids, logprobs, run.logits)
+        return StepResult(plan.step_id, token_ids, logprobs, failed=failed or None, steps=steps)
+
+    def interrupt(self, step_id: int) -> None:
+        """Ends plans up to that one after the step they are at. May be called by any thread."""
+        if self.model.greedy_stack is not None:
+            self.model.greedy_stack.halt(step_id)
 
     def _sample(self, plan: StepPlan, inputs: ModelInputs, hidden: torch.Tensor) -> Sampled:
         rows = [row for row, _ in plan.samples]
@@ -179,6 +200,38 @@ class Worker:
         sampled = self.sampler.sample(logits, rows, [slot for _, slot in plan.samples])
         self.batch.store_drawn(plan, sampled.token_ids)
         return sampled
+
+    def _pooling_step(
+        self,
+        plan: StepPlan,
+        inputs: ModelInputs,
+        hidden: torch.Tensor,
+        prompt_logprobs: dict[int, list[SampleLogprobs]] | None,
+    ) -> StepResult:
+        """The result of a step with vectors among its samples; the other samples draw as ever."""
+        count = len(plan.samples)
+        result = StepResult(plan.step_id, [0] * count, [0.0] * count, prompt_logprobs=prompt_logprobs)
+        pooled = [i for i, (_, slot) in enumerate(plan.samples) if slot in self.batch.pooled]
+        drawn = [i for i, (_, slot) in enumerate(plan.samples) if slot not in self.batch.pooled]
+        failed: dict[int, str] = {}
+        if pooled:
+            last = inputs.last_tokens[[plan.samples[i][0] for i in pooled]]
+            vectors = hidden[torch.from_numpy(last).to(self.device)].float().cpu().numpy()
+            result.pooled = {}
+            for i, vector in zip(pooled, vectors, strict=True):
+                if np.isfinite(vector).all():
+                    result.pooled[i] = vector
+                else:
+                    failed[i] = "the hidden state is not finite"
+        if drawn:
+            sampled = self._sample(replace(plan, samples=[plan.samples[i] for i in drawn]), inputs, hidden)
+            tokens, logprobs = sampled.token_ids.tolist(), sampled.logprobs.tolist()
+            for i, token, logprob in zip(drawn, tokens, logprobs, strict=True):
+                result.token_ids[i], result.logprobs[i] = token, logprob
+            result.details = {drawn[i]: details for i, details in sampled.details.items()} or None
+            failed.update((drawn[i], reason) for i, reason in sampled.failed.items())
+        result.failed = failed or None
+        return result
 
     def _prompt_logprobs(
         self, plan: StepPlan, inputs: ModelInputs, hidden: torch.Tensor

@@ -11,10 +11,26 @@ import itertools
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
+from aserve.engine.pooling import finish
 from aserve.engine.stream import Mailbox, OutputStream
-from aserve.errors import AserveError, EngineBusyError, EngineDeadError, QueueFullError
-from aserve.messages.inputs import OutputKind, RequestOptions
-from aserve.messages.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
+from aserve.errors import (
+    AserveError,
+    EngineBusyError,
+    EngineDeadError,
+    InvalidRequestError,
+    QueueFullError,
+)
+from aserve.messages.inputs import OutputKind, PoolingParams, RequestOptions
+from aserve.messages.outputs import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    RequestOutput,
+    TokenLogprobs,
+)
 
 TEXT = "the quick brown fox jumps over the lazy dog. "
 VOCAB = 256
@@ -24,12 +40,20 @@ class FakeTokenizer:
     """One token per byte."""
 
     chat_template = "built in"
+    eos_token, eos_token_id = "</s>", 0
+
+    def __init__(self) -> None:
+        self.variables: dict[str, Any] = {}
+        """What the last template was given besides messages."""
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
     def decode(self, ids: list[int]) -> str:
         return bytes(ids).decode("utf-8", "replace")
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [chr(token_id) for token_id in ids]
 
     def apply_chat_template(
         self,
@@ -43,6 +67,7 @@ class FakeTokenizer:
     ) -> str:
         if any(message["role"] == "forbidden" for message in conversation):
             raise ValueError("this template knows no role forbidden")
+        self.variables = {"documents": documents, **kwargs}
         text = "".join(f"<{message['role']}>{message['content']}" for message in conversation)
         return text + ("<assistant>" if add_generation_prompt else "")
 
@@ -106,6 +131,7 @@ class FakeEngine:
         self.submitted: list[SimpleNamespace] = []
         self.aborted: list[str] = []
         self.stopped = False
+        self.tokenizer = FakeTokenizer()
         self._running: dict[str, tuple[asyncio.Task[None], Mailbox]] = {}
 
     # ---------------------------------------------------------------- life
@@ -145,6 +171,8 @@ class FakeEngine:
         if request_id is None or request_id in self._running:
             raise KeyError(request_id)
         ids = inputs["prompt_token_ids"]
+        if isinstance(params, PoolingParams):
+            return self._embed(request_id, ids, params, kind, options)
         self.submitted.append(
             SimpleNamespace(
                 id=request_id, ids=ids, text=inputs.get("prompt"), params=params, kind=kind, options=options
@@ -154,6 +182,19 @@ class FakeEngine:
         task = asyncio.create_task(self._generate(request_id, ids, params, mailbox))
         self._running[request_id] = (task, mailbox)
         task.add_done_callback(lambda _: self._running.pop(request_id, None))
+        return OutputStream(request_id, mailbox, self._abort)
+
+    def _embed(
+        self, request_id: str, ids: list[int], params: PoolingParams, kind: OutputKind, options: Any
+    ) -> OutputStream:
+        self.submitted.append(
+            SimpleNamespace(id=request_id, ids=ids, params=params, kind=kind, options=options)
+        )
+        if params.dimensions is not None and params.dimensions > 4:
+            raise InvalidRequestError("dimensions must be at most 4", param="dimensions")
+        mailbox = Mailbox(kind)
+        vector = finish(np.array([*ids[-4:], *[1] * 4], dtype=np.float32)[:4], params)
+        mailbox.put(EmbeddingRequestOutput(request_id, EmbeddingOutput(vector.tolist()), ids))  # type: ignore[arg-type]
         return OutputStream(request_id, mailbox, self._abort)
 
     async def check_room(self) -> None:
@@ -244,4 +285,4 @@ class FakeEngine:
         return [1, *text.encode()] if add_special_tokens else list(text.encode())
 
     async def get_tokenizer(self) -> FakeTokenizer:
-        return FakeTokenizer()
+        return self.tokenizer

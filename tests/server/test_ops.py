@@ -195,3 +195,24 @@ async def test_the_clients_id_is_in_the_log(client: Any, caplog: pytest.LogCaptu
     headers = {"X-Request-Id": "theirs-1"}
     answer = await (await client.post("/v1/completions", json=BODY, headers=headers)).get_json()
     assert f"{answer['id']} has X-Request-Id theirs-1" in caplog.messages
+
+
+async def test_token_strings(client: Any) -> None:
+    answer = await post(client, "/tokenize", prompt="ab", add_special_tokens=False, return_token_strs=True)
+    assert answer["token_strs"] == ["a", "b"]
+
+
+async def test_long_lists_of_tokens(client: Any) -> None:
+    assert await post(client, "/detokenize", tokens=[97] * 5000) == {"prompt": "a" * 5000}
+    answer = await client.post("/detokenize", json={"tokens": [97] * ((1 << 20) + 1)})
+    assert answer.status_code == 400
+
+
+async def test_tokenizer_info(client: Any) -> None:
+    answer = await client.get("/tokenizer_info")
+    assert answer.status_code == 200
+    info = await answer.get_json()
+    assert info["tokenizer_class"] == "FakeTokenizer"
+    assert info["chat_template"] == "built in"
+    assert (info["eos_token"], info["eos_token_id"], info["bos_token"]) == ("</s>", 0, None)
+    assert (info["vocab_size"], info["model_max_length"]) == (256, 4096)

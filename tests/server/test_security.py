@@ -18,9 +18,13 @@ KEYED = {
     "/v1/models/<path:name>",
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
     "/v1/embeddings",
     "/tokenize",
     "/detokenize",
+    "/tokenizer_info",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -12,13 +13,15 @@ from quart import Blueprint, Response
 from aserve.errors import InvalidRequestError
 from aserve.messages.inputs import OutputKind
 from aserve.messages.outputs import CompletionOutput, RequestOutput
+from aserve.messages.params import SamplingParams
 from aserve.server import sse
 from aserve.server.connection import EventStream
 from aserve.server.direct import LiveEvents
 from aserve.server.openai import generation, prompts
-from aserve.server.openai.generation import Envelope, Usage
+from aserve.server.openai.generation import Envelope, Streams, Usage
 from aserve.server.openai.logprobs import chat_logprobs
 from aserve.server.openai.models import served_model
+from aserve.server.openai.pieces import Reader, TextReader
 from aserve.server.openai.prompts import Prompt
 from aserve.server.openai.protocol import ChatBody, Message, read
 from aserve.server.service import log_client_id, new_id, service
@@ -33,9 +36,46 @@ LONG_CONVERSATION = 32_000
 """Characters from which a conversation is rendered in a thread."""
 
 
+@dataclass
+class Begun:
+    """A conversation whose answer is on its way; ``streams`` must be closed.
+
+    echoed: text of the conversation that the answer begins with.
+    """
+
+    request_id: str
+    model: str
+    prompt: Prompt
+    params: SamplingParams
+    streams: Streams
+    role: str
+    echoed: str
+
+    def reader(self) -> Reader:
+        """Tells text and calls of tools apart; one for each choice."""
+        return TextReader()
+
+
 @blueprint.post("/v1/chat/completions")
 async def create_chat_completion() -> Response:
     body = await read(ChatBody)
+    begun = await begin(body, new_id("chatcmpl"))
+    call = _Call(body, begun)
+    streams = begun.streams
+    if not body.stream:
+        with closing(streams):
+            (result,) = await streams.finals()
+        return Response(orjson.dumps(call.response(result)), content_type="application/json")
+    return EventStream(LiveEvents(streams, call, service().courier), on_close=streams.close)
+
+
+async def begin(body: ChatBody, request_id: str, *, clamp: bool = False) -> Begun:
+    """Checks a conversation, makes its prompt and queues it: the one way to an answer of every chat API.
+
+    clamp: an output limit beyond the model's context is lowered to what is left, instead of refused.
+
+    Raises AserveError for whatever can be known before the first token.
+    """
     engine = await service().ready_engine()
     model = served_model(engine, body.model)
     limits = engine.model_config
@@ -44,27 +84,20 @@ async def create_chat_completion() -> Response:
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     prompts.check_logprobs(body.top_logprobs, limits.max_logprobs, "top_logprobs")
-
     options = body.options()
 
     messages = conversation(body.messages)
     await engine.check_room()
-    text = await render(engine, messages, add_generation_prompt=body.add_generation_prompt)
-    prompt = await prompts.tokenise(
-        engine,
-        text,
-        add_special_tokens=body.add_special_tokens,
-        truncate=body.truncate_prompt_tokens,
-        want_text=False,
-    )
+    prompt = await make_prompt(engine, body, messages)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if max_tokens is not None and max_tokens < 1:
         raise InvalidRequestError("max_tokens must be at least 1", param="max_tokens")
+    if clamp and max_tokens is not None:
+        max_tokens = min(max_tokens, prompts.output_budget(len(prompt.ids), None, limits.max_model_len))
     budget = prompts.output_budget(len(prompt.ids), max_tokens, limits.max_model_len)
     top = (body.top_logprobs or 0) if body.logprobs else None
     params = body.sampling_params(max_tokens=budget, logprobs=top)
 
-    request_id = new_id("chatcmpl")
     log_client_id(request_id)
     # The best of several is known only at the end.
     whole = not body.stream or body.use_beam_search or params.best_of != body.n
@@ -74,12 +107,25 @@ async def create_chat_completion() -> Response:
     if body.add_generation_prompt:
         role = service().args.response_role or "assistant"
     echoed = messages[-1]["content"] if body.echo and messages[-1]["role"] == role else ""
-    call = _Call(body, request_id, model, prompt, role, echoed)
-    if not body.stream:
-        with closing(streams):
-            (result,) = await streams.finals()
-        return Response(orjson.dumps(call.response(result)), content_type="application/json")
-    return EventStream(LiveEvents(streams, call, service().courier), on_close=streams.close)
+    return Begun(request_id, model, prompt, params, streams, role, echoed)
+
+
+async def make_prompt(engine: AsyncLLMEngine, body: ChatBody, messages: list[dict[str, str]]) -> Prompt:
+    """The prompt that the chat template makes of ``messages``, tokenised."""
+    text = await render(
+        engine,
+        messages,
+        add_generation_prompt=body.add_generation_prompt,
+        documents=body.documents,
+        template_kwargs=body.template_variables(),
+    )
+    return await prompts.tokenise(
+        engine,
+        text,
+        add_special_tokens=body.add_special_tokens,
+        truncate=body.truncate_prompt_tokens,
+        want_text=False,
+    )
 
 
 def conversation(messages: list[Message]) -> list[dict[str, str]]:
@@ -104,14 +150,21 @@ def _text(content: str | list[dict[str, Any]], place: str) -> str:
         return content
     texts = []
     for part in content:
-        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+        kind = part.get("type")
+        text = part.get(kind) if kind in ("text", "refusal") else None
+        if not isinstance(text, str):
             raise InvalidRequestError(f"{place}: only text parts are supported", param="messages")
-        texts.append(part["text"])
+        texts.append(text)
     return "\n".join(texts)
 
 
 async def render(
-    engine: AsyncLLMEngine, messages: list[dict[str, str]], *, add_generation_prompt: bool
+    engine: AsyncLLMEngine,
+    messages: list[dict[str, str]],
+    *,
+    add_generation_prompt: bool,
+    documents: list[dict[str, Any]] | None = None,
+    template_kwargs: dict[str, Any] | None = None,
 ) -> str:
     """The prompt the chat template makes of ``messages``; its errors are the request's (400)."""
     tokenizer = await prompts.tokenizer_of(engine)
@@ -119,7 +172,12 @@ async def render(
 
     def work() -> str:
         return render_chat(
-            tokenizer, messages, chat_template=template, add_generation_prompt=add_generation_prompt
+            tokenizer,
+            messages,
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            documents=documents,
+            template_kwargs=template_kwargs,
         )
 
     if sum(len(message["content"]) for message in messages) < LONG_CONVERSATION:
@@ -130,16 +188,13 @@ async def render(
 class _Call:
     """Turns the outputs of one call into its response or its events."""
 
-    def __init__(
-        self, body: ChatBody, request_id: str, model: str, prompt: Prompt, role: str, echoed: str
-    ) -> None:
+    def __init__(self, body: ChatBody, begun: Begun) -> None:
         self._body = body
-        self._envelope = Envelope.new(
-            request_id, "chat.completion.chunk" if body.stream else "chat.completion", model
-        )
-        self._usage = Usage(len(prompt.ids))
-        self._role = role
-        self._echoed = echoed
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        self._envelope = Envelope.new(begun.request_id, kind, begun.model)
+        self._usage = Usage(len(begun.prompt.ids))
+        self._role = begun.role
+        self._echoed = begun.echoed
         self._opened = False
         self._finished: set[int] = set()
         self._plain = not body.logprobs and not body.continuous_usage

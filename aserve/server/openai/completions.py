@@ -44,17 +44,16 @@ async def create_completion() -> Response:
 
     items = prompts.split(body.prompt)
     await engine.check_room()
-    asked, params = [], []
-    for item in items:
-        prompt = await prompts.tokenise(
-            engine,
-            item,
-            add_special_tokens=body.add_special_tokens,
-            truncate=body.truncate_prompt_tokens,
-            want_text=body.echo,
-        )
+    asked = await prompts.tokenise_all(
+        engine,
+        items,
+        add_special_tokens=body.add_special_tokens,
+        truncate=body.truncate_prompt_tokens,
+        want_text=body.echo,
+    )
+    params = []
+    for prompt in asked:
         budget = prompts.output_budget(len(prompt.ids), body.max_tokens, limits.max_model_len)
-        asked.append(prompt)
         params.append(
             body.sampling_params(
                 max_tokens=max(budget, 1),

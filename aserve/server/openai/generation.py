@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from aserve.messages.inputs import OutputKind, RequestOptions
+from aserve.messages.inputs import OutputKind, PoolingParams, RequestOptions
 from aserve.messages.outputs import RequestOutput
 from aserve.messages.params import SamplingParams
 from aserve.server.openai.prompts import Prompt
@@ -83,7 +83,7 @@ async def submit(
     engine: AsyncLLMEngine,
     request_id: str,
     prompts: Sequence[Prompt],
-    params: Sequence[SamplingParams],
+    params: Sequence[SamplingParams | PoolingParams],
     kind: OutputKind,
     options: RequestOptions,
 ) -> Streams:

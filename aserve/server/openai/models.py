@@ -1,4 +1,4 @@
-"""``GET /v1/models``, and which names are models and for what."""
+"""``GET /v1/models``, and which names are models."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from quart import Blueprint, Response
 
-from aserve.errors import InvalidRequestError, NotFoundError
-from aserve.server.openai.protocol import ModelBody, read
+from aserve.errors import NotFoundError
 from aserve.server.service import service
 
 if TYPE_CHECKING:
@@ -80,11 +79,3 @@ async def show_model(name: str) -> Response:
         if card["id"] == name:
             return _json(card)
     raise NotFoundError(f"there is no model `{name[:256]}` here", param="model")
-
-
-@blueprint.post("/v1/embeddings")
-async def refuse_embeddings() -> Response:
-    """400 and not 404: the path is right and the model is not. Every model served generates text."""
-    body = await read(ModelBody)
-    name = served_model(await service().ready_engine(), body.model)
-    raise InvalidRequestError(f"the model `{name}` generates text and gives no embeddings", param="model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ class Prompt:
         return {"prompt": self.text, "prompt_token_ids": self.ids}
 
 
-def split(prompt: Any) -> list[str] | list[list[int]]:
+def split(prompt: Any, param: str = "prompt") -> list[str] | list[list[int]]:
     """One entry per prompt, from any of the four forms: text, texts, ids, lists of ids.
 
     Raises InvalidRequestError for anything else and for empty prompts.
@@ -38,15 +39,15 @@ def split(prompt: Any) -> list[str] | list[list[int]]:
         prompt = [prompt]
     if not isinstance(prompt, list):
         raise InvalidRequestError(
-            "prompt must be a string, a list of strings, a list of token ids or a list of such lists",
-            param="prompt",
+            f"{param} must be a string, a list of strings, a list of token ids or a list of such lists",
+            param=param,
         )
     if prompt and _all_ints(prompt):
         prompt = [prompt]
     if not prompt or not all(prompt):
-        raise InvalidRequestError("prompt must not be empty", param="prompt")
+        raise InvalidRequestError(f"{param} must not be empty", param=param)
     if len(prompt) > MAX_PROMPTS:
-        raise InvalidRequestError(f"at most {MAX_PROMPTS} prompts in one call", param="prompt")
+        raise InvalidRequestError(f"{param} may hold at most {MAX_PROMPTS} prompts", param=param)
     texts: list[str] = [item for item in prompt if isinstance(item, str)]
     if len(texts) == len(prompt):
         return texts
@@ -54,7 +55,7 @@ def split(prompt: Any) -> list[str] | list[list[int]]:
     if len(ids) == len(prompt):
         return ids
     raise InvalidRequestError(
-        "prompt must hold strings, token ids or lists of token ids, all of one kind", param="prompt"
+        f"{param} must hold strings, token ids or lists of token ids, all of one kind", param=param
     )
 
 
@@ -69,6 +70,7 @@ async def tokenise(
     add_special_tokens: bool,
     truncate: int | None,
     want_text: bool,
+    param: str = "prompt",
 ) -> Prompt:
     """Token ids of one prompt, cut to its last ``truncate`` tokens."""
     if isinstance(item, str):
@@ -79,12 +81,30 @@ async def tokenise(
     if truncate is not None and len(ids) > truncate:
         ids, text = ids[-truncate:], None
     if not ids:
-        raise InvalidRequestError("prompt holds no tokens", param="prompt")
+        raise InvalidRequestError(f"{param} holds no tokens", param=param)
     if not isinstance(item, str):
-        check_token_ids(ids, engine.model_config.vocab_size, "prompt")
+        check_token_ids(ids, engine.model_config.vocab_size, param)
     if text is None and want_text:
         text = (await tokenizer_of(engine)).decode(ids)
     return Prompt(text, ids)
+
+
+_CHARS_IN_A_ROW = 16_000
+
+
+async def tokenise_all(
+    engine: AsyncLLMEngine, items: list[str] | list[list[int]], **options: Any
+) -> list[Prompt]:
+    """:func:`tokenise` for every prompt of a call, with pauses: thousands of short texts take seconds."""
+    found = []
+    since = 0
+    for item in items:
+        found.append(await tokenise(engine, item, **options))
+        since += len(item)
+        if since > _CHARS_IN_A_ROW:
+            since = 0
+            await asyncio.sleep(0)
+    return found
 
 
 async def tokenizer_of(engine: AsyncLLMEngine) -> Any:

@@ -1,13 +1,14 @@
 """The bodies clients send, as far as their types go; meaning is checked where it is used.
 
-Unknown fields are ignored (and named once in the log). ``null`` means "not given" wherever a field is
-optional. Integers are accepted for floats and whole floats for integers; strings and booleans are not
-numbers. NaN and infinities are refused.
+Unknown fields are ignored and named once in the log, or refused with ``--strict-fields``. A field of type
+``Any`` that is not read anywhere is one that clients send and that has no effect here; the README lists
+them. ``null`` means "not given" wherever a field is optional. Integers are accepted for floats and whole
+floats for integers; strings and booleans are not numbers. NaN and infinities are refused.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
@@ -22,6 +23,10 @@ from aserve.server.service import service
 MAX_STOP = 16
 MAX_STOP_TOKENS = 256
 MAX_BIAS = 1024
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+MAX_DOCUMENTS = 256
+MAX_TEMPLATE_VARIABLES = 64
 MAX_SHOWN_ERRORS = 5
 
 
@@ -34,6 +39,7 @@ def _number(value: Any) -> Any:
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 Bool = Annotated[bool, Strict()]
+PositiveInt = Annotated[int, BeforeValidator(_number), Field(ge=1)]
 Seed = Annotated[int, BeforeValidator(_number), Field(ge=-(2**63), le=2**63 - 1)]
 
 
@@ -53,6 +59,7 @@ class Body(BaseModel):
 class StreamOptions(Body):
     include_usage: Bool = False
     continuous_usage_stats: Bool = False
+    include_obfuscation: Any = None
 
 
 class ResponseFormat(Body):
@@ -84,7 +91,7 @@ class SamplingBody(Body):
     min_tokens: Int = 0
     skip_special_tokens: Bool = True
     spaces_between_special_tokens: Bool = True
-    truncate_prompt_tokens: Annotated[int, BeforeValidator(_number), Field(ge=1)] | None = None
+    truncate_prompt_tokens: PositiveInt | None = None
     logit_bias: Annotated[dict[str, Float], Field(max_length=MAX_BIAS)] | None = None
     stream: Bool = False
     stream_options: StreamOptions | None = None
@@ -172,19 +179,66 @@ class CompletionBody(SamplingBody):
 
 class Message(Body):
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS)] | None = None
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+TemplateVariables = Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_VARIABLES)]
 
 
 class ChatBody(SamplingBody):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     temperature: Float = 0.7
     max_completion_tokens: Int | None = None
     logprobs: Bool = False
     top_logprobs: Annotated[int, BeforeValidator(_number), Field(ge=0)] | None = None
     add_generation_prompt: Bool = True
     add_special_tokens: Bool = False
+    chat_template_kwargs: TemplateVariables | None = None
+    documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS)] | None = None
+    reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
+    modalities: Annotated[list[str], Field(max_length=8)] | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: Bool | None = None
+    # Asked for by some clients, and not to be had here.
+    chat_template: Any = None
+    functions: Any = None
+    function_call: Any = None
+    web_search_options: Any = None
+    moderation: Any = None
+    # Without effect.
+    audio: Any = None
+    metadata: Any = None
+    prediction: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
+    service_tier: Any = None
+    store: Any = None
+    verbosity: Any = None
+
+    def check(self, *, vocab_size: int, max_num_seqs: int) -> None:
+        super().check(vocab_size=vocab_size, max_num_seqs=max_num_seqs)
+        if set(self.modalities or ()) - {"text"}:
+            raise InvalidRequestError('modalities may name "text" only', param="modalities")
+        for name, instead in _REFUSED.items():
+            if getattr(self, name):
+                raise InvalidRequestError(f"{name} is not supported{instead}", param=name)
+
+    def template_variables(self) -> dict[str, Any]:
+        """Variables for the chat template besides the conversation; those that were named win.
+
+        ``reasoning_effort`` goes under its own name, and "none" also as what templates with a switch for
+        thinking look at.
+        """
+        found: dict[str, Any] = {}
+        if self.reasoning_effort is not None:
+            found["reasoning_effort"] = self.reasoning_effort
+            if self.reasoning_effort == "none":
+                found["enable_thinking"] = False
+        return {**found, **(self.chat_template_kwargs or {})}
 
     def refuse_tools(self) -> None:
         """Raises InvalidRequestError if the model might have to call a tool."""
@@ -199,23 +253,12 @@ class ChatBody(SamplingBody):
         raise InvalidRequestError(f"{param}: calling tools is not supported yet", param=param)
 
 
-class ModelBody(Body):
-    """A body of which only the model's name is looked at."""
-
-    model: str
-
-
-class TokenizeBody(Body):
-    model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    add_special_tokens: Bool | None = None
-    add_generation_prompt: Bool = True
-
-
-class DetokenizeBody(Body):
-    model: str | None = None
-    tokens: list[Annotated[int, Strict()]]
+_REFUSED = {
+    "chat_template": ": start the server with --chat-template",
+    "functions": ": use tools",
+    "web_search_options": ": this server searches nothing",
+    "moderation": ": this server moderates nothing",
+}
 
 
 Parsed = TypeVar("Parsed", bound=Body)
@@ -239,9 +282,36 @@ async def read(kind: type[Parsed]) -> Parsed:
         body = kind.model_validate(values)
     except ValidationError as error:
         raise describe(error) from None
-    if kind is not ModelBody:
-        service().note_unknown_fields(values.keys() - kind.model_fields.keys())
+    unknown = unknown_fields(kind, values)
+    if unknown:
+        if service().args.strict_fields:
+            first = min(unknown)[:64]
+            raise InvalidRequestError(
+                f"{first}: there is no such field, and --strict-fields is set [extra_forbidden]", param=first
+            )
+        service().note_unknown_fields(unknown)
     return body
+
+
+def unknown_fields(kind: type[Body], values: dict[str, Any]) -> set[str]:
+    """Names in ``values`` that ``kind`` does not know; those of a field's own fields are dotted.
+
+    Objects in lists are not looked at: what a message holds is between the client and the chat template.
+    """
+    found = set(values.keys() - kind.model_fields.keys())
+    for name, value in values.items():
+        if isinstance(value, dict) and name not in found:
+            inner = _body_in(kind.model_fields[name].annotation)
+            if inner is not None:
+                found |= {f"{name}.{each}" for each in unknown_fields(inner, value)}
+    return found
+
+
+def _body_in(annotation: Any) -> type[Body] | None:
+    for each in (annotation, *get_args(annotation)):
+        if isinstance(each, type) and issubclass(each, Body):
+            return each
+    return None
 
 
 def describe(error: ValidationError) -> InvalidRequestError:

@@ -1,0 +1,1 @@
+"""Guided decoding: outputs that follow a schema, an expression or a grammar."""
