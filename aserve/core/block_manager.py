@@ -117,8 +117,11 @@ class BlockManager:
 
     def share(self, child: Sequence) -> None:
         """Makes a fork hold the blocks its parent has computed tokens in, and none beyond them."""
-        del child.blocks[self.blocks_for(child.num_computed) :]
+        held = self.blocks_for(child.num_computed)
+        del child.blocks[held:]
         self.pool.share(child.blocks)
+        del child.swapped_blocks[held:]
+        self.swap_pool.share(child.swapped_blocks)
 
     def release(self, seq: Sequence) -> None:
         """Gives back whatever ``seq`` holds, here and in swap space.

@@ -26,6 +26,8 @@ class TokenUpdate:
 class Commit:
     """What a finished step changed, in the order it is to be told.
 
+    beams: requests whose beams took a step; those that are finished by it have their results.
+    beam_tokens: tokens that were drawn for beams, one for each.
     pooled: requests that ended with the vector of their prompt, float32 ``[H]``.
     prompt_tokens: tokens of prompts it took care of, those found in the prefix cache included.
     steps: how many tokens each of its sequences got.
@@ -34,8 +36,14 @@ class Commit:
     tokens: list[TokenUpdate] = field(default_factory=list)
     failed: list[tuple[SequenceGroup, str]] = field(default_factory=list)
     pooled: list[tuple[SequenceGroup, np.ndarray]] = field(default_factory=list)
+    beams: list[SequenceGroup] = field(default_factory=list)
+    beam_tokens: int = 0
     prompt_tokens: int = 0
     steps: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) + self.beam_tokens
 
 
 @dataclass(slots=True)

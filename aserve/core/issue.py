@@ -12,10 +12,16 @@ class PlanIssuer:
     """Numbers plans and sequences, and remembers what the next plan must tell the worker besides rows.
 
     unsent: sequences the worker does not know yet, or has forgotten.
+    branches: beams that begin as copies of others, ``(child, parent)``.
+    chosen: beams whose last token the worker does not know yet.
+    beams_in_flight: rows of beams in plans whose results are not here yet.
     """
 
     def __init__(self, blocks: BlockManager) -> None:
         self.unsent: list[Sequence] = []
+        self.branches: list[tuple[Sequence, Sequence]] = []
+        self.chosen: list[Sequence] = []
+        self.beams_in_flight = 0
         self._blocks = blocks
         self._swap_outs: dict[int, int] = {}
         self._next_seq_id = 0
@@ -36,7 +42,9 @@ class PlanIssuer:
     def extend(self, step: PlanBuilder, max_steps: int, seconds: float) -> None:
         """Lets the rows of ``step``, all of one token, go on for up to ``max_steps`` if there is room for
         that, and nothing to be done between one and the next."""
-        if self._blocks.lookahead:
+        # What a run keeps waiting is nobody's loss but that of beams, which can go on as soon as all of theirs
+        # are here.
+        if self._blocks.lookahead or self.beams_in_flight:
             return
         for seq, start, _ in step.decodes:
             if not seq.group.repeats or seq.num_computed < seq.num_known:
@@ -52,8 +60,9 @@ class PlanIssuer:
 
     def issue(self, step: PlanBuilder, now: float) -> StepPlan:
         """The plan; its sequences count as having drawn the tokens it asks for."""
-        forks: list[Fork] = []
+        forks, chosen = self._branches() if self.chosen else ([], [])
         samples: list[tuple[int, Sequence]] = []
+        beams: list[tuple[int, Sequence]] = []
         for seq, _, _ in step.prefills:
             self._blocks.publish(seq)
         rows = step.prefills + step.decodes
@@ -63,14 +72,40 @@ class PlanIssuer:
             seq.in_flight += step.max_steps
             samples.append((row, seq))
             if not seq.group.expanded:
+                if seq.group.beam is not None:
+                    # Nobody knows which token it gets before the result is here: none is in flight.
+                    seq.in_flight = 0
+                    seq.group.beam.in_flight += 1
+                    beams.append(samples.pop())
+                    continue
                 for child in self._expand(seq):
                     forks.append(describe_fork(child, seq))
                     samples.append((row, child))
         swap_outs = [(here, there) for there, here in self._swap_outs.items()]
-        plan = step.build(self.num_issued, now, rows, samples, self.unsent, forks, swap_outs)
+        self.beams_in_flight += len(beams)
+        plan = step.build(
+            self.num_issued, now, rows, samples, beams, self.unsent, forks, chosen, swap_outs
+        )
         self.unsent, self._swap_outs = [], {}
         self.num_issued += 1
         return plan
+
+    def _branches(self) -> tuple[list[Fork], list[tuple[int, int, int]]]:
+        """What to tell of the last step of beams. Those that ended or lost their slot since are left out, and
+        those that were preempted and have come back are told whole."""
+        whole = set(self.unsent)
+        forks = [
+            describe_fork(child, parent)
+            for child, parent in self.branches
+            if child.slot >= 0 and child not in whole
+        ]
+        chosen = [
+            (seq.slot, len(seq.token_ids) - 1, seq.token_ids[-1])
+            for seq in self.chosen
+            if seq.slot >= 0 and seq not in whole
+        ]
+        self.branches, self.chosen = [], []
+        return forks, chosen
 
     def _expand(self, parent: Sequence) -> list[Sequence]:
         """Creates the other ``best_of`` sequences, when the prompt is computed for all of them."""

@@ -16,10 +16,11 @@ Row = tuple[Sequence, int, int]
 
 @dataclass(slots=True)
 class Ticket:
-    """The sequences of a plan, parallel to its rows and its samples."""
+    """The sequences of a plan, parallel to its rows and its samples; those of beams come last."""
 
     rows: list[Sequence]
     samples: list[Sequence]
+    beams: list[Sequence]
     started: float
     prefilled: bool
     prompt_tokens: int
@@ -97,24 +98,28 @@ class PlanBuilder:
         now: float,
         rows: list[Row],
         samples: list[tuple[int, Sequence]],
+        beams: list[tuple[int, Sequence]],
         unsent: list[Sequence],
         forks: list[Fork],
+        chosen: list[tuple[int, int, int]],
         swap_outs: list[tuple[int, int]],
     ) -> StepPlan:
-        """rows: prefills, then decodes. samples: ``(row, sequence)`` to draw for. unsent: sequences the
-        worker does not know yet."""
-        # Unsent sequences are described whole, so their tables need no growth entries of their own.
+        """rows: prefills, then decodes. samples, beams: ``(row, sequence)`` to draw for. unsent: sequences
+        the worker does not know yet."""
+        # Unsent sequences and forks are described whole: their tables need no growth entries of their own.
         fresh = {seq.slot: seq for seq in unsent if seq.slot >= 0}
+        whole = fresh.keys() | {fork.slot for fork in forks} if forks else fresh
         prefills = len(self.prefills)
         return StepPlan(
             step_id=step_id,
             slots=[seq.slot for seq, _, _ in rows],
             starts=[start for _, start, _ in rows],
             counts=[count for _, _, count in rows],
-            samples=[(row, seq.slot) for row, seq in samples],
+            samples=[(row, seq.slot) for row, seq in (samples + beams if beams else samples)],
             new=[describe(seq) for seq in fresh.values()],
             forks=forks,
-            new_blocks=[(seq.slot, taken) for seq, taken in self.grown if seq.slot not in fresh],
+            chosen=chosen,
+            new_blocks=[(seq.slot, taken) for seq, taken in self.grown if seq.slot not in whole],
             replaced_blocks=self.replaced,
             swap_outs=swap_outs,
             swap_ins=self.swap_ins,
@@ -125,6 +130,7 @@ class PlanBuilder:
             ticket=Ticket(
                 rows=[seq for seq, _, _ in rows],
                 samples=[seq for _, seq in samples],
+                beams=[seq for _, seq in beams],
                 started=now,
                 prefilled=prefills > 0,
                 prompt_tokens=self.prompt_tokens + self.cached_tokens,
@@ -146,6 +152,7 @@ def describe(seq: Sequence) -> NewSequence:
         eos_token_id=group.eos_token_id,
         want_prompt_logprobs=group.wants_prompt_logprobs,
         pooled=group.pooling is not None,
+        candidates=0 if group.beam is None else group.beam.search.num_candidates,
     )
 
 

@@ -12,6 +12,7 @@ import math
 from bisect import insort
 
 from aserve.core import audit
+from aserve.core.beams import BeamKeeper
 from aserve.core.block_manager import BlockManager
 from aserve.core.changes import Commit, Ledger, PrefixCounts, TokenUpdate
 from aserve.core.issue import PlanIssuer
@@ -47,6 +48,7 @@ class Scheduler:
         self.num_swapped = 0
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._issuer = PlanIssuer(self.blocks)
+        self._beams = BeamKeeper(self, self._issuer, self._retire)
         self._watermark = limits.num_blocks // 100
         self._last_prompt_duration = 0.0
         self._capped: list[Sequence] = []
@@ -87,7 +89,7 @@ class Scheduler:
         self.check_room(group.num_prompt_tokens)
         self.ledger.received += 1
         seq = Sequence(self._issuer.new_seq_id(), 0, group, list(group.prompt_token_ids))
-        group.seqs = [seq]
+        group.seqs, group.number = [seq], seq.seq_id
         length = group.num_prompt_tokens
         limit = group.max_model_len
         if not self.limits.chunked_prefill:
@@ -234,6 +236,8 @@ class Scheduler:
             elif caching and (seq.num_published + 1) * block_size <= seq.num_computed:
                 self.blocks.publish(seq)
             changes.tokens.append(TokenUpdate(seq, token, logprob, details.get(index)))
+        if ticket.beams:
+            self._beams.commit(ticket, result, changes)
         if not self.groups and self.blocks.num_free != self.blocks.num_blocks:
             # Nobody is left who could hold a block. Cheap enough to ask always, and worth dying for.
             raise RuntimeError("KV blocks were lost: not all are free although no request is left")
@@ -255,12 +259,12 @@ class Scheduler:
                 position += 1
                 continue
             todo = [seq for seq in group.seqs if self._has_work(seq)]
-            for seq in todo:
-                self.blocks.slide(seq)
+            self._slide(group, todo)
             while todo and not self._fits(todo, step):
                 if len(self.running) == 1:
                     # Alone with the whole cache and still too large: nothing is left to wait for.
                     self._cap(todo.pop())
+                    todo = [seq for seq in todo if not seq.finished]
                     continue
                 gave_way = True
                 if self._preempt_last() is group:
@@ -291,6 +295,12 @@ class Scheduler:
         step.decodes.append((seq, start, 1))
         seq.num_computed = start + 1
         return True
+
+    def _slide(self, group: SequenceGroup, seqs: list[Sequence]) -> None:
+        if group.beam is not None and group.beam.parked:
+            return  # these share the first blocks when they come back
+        for seq in seqs:
+            self.blocks.slide(seq)
 
     def _has_work(self, seq: Sequence) -> bool:
         # At max_known the sequence ends with the token in flight; there is nothing to compute for it.
@@ -326,8 +336,7 @@ class Scheduler:
         self.num_preemptions += 1
         group.num_preemptions += 1
         seqs = group.unfinished
-        for seq in seqs:
-            self.blocks.slide(seq)
+        self._slide(group, seqs)
         mode = self.limits.preemption_mode or (SWAP if group.width > 1 else RECOMPUTE)
         moved = self.blocks.swap_out(seqs) if mode == SWAP else None
         if moved is not None:
@@ -340,6 +349,8 @@ class Scheduler:
             if moved is None:
                 self.blocks.release(seq)
                 seq.num_computed = 0
+        if moved is None and group.beam is not None:
+            self._beams.park(group)
         self._release_reserved(group)
         self.waiting.push(group)
         return group
@@ -353,7 +364,7 @@ class Scheduler:
         """
         while step.budget > 0 and step.prompt_budget > 0 and (group := self.waiting.head) is not None:
             seqs = group.unfinished
-            if any(seq.in_flight for seq in seqs):
+            if any(seq.in_flight for seq in seqs) or (group.beam is not None and group.beam.in_flight):
                 return  # preempted a moment ago: its last token is still on the way
             if not (swapped if group.swapped else prompts and self._may_admit(group, now)):
                 return
@@ -369,10 +380,11 @@ class Scheduler:
                 if not self.limits.chunked_prefill and seqs[0].num_known - skipped > step.budget:
                     return
                 total, needed = self.blocks.start_need(seqs, found)
-            if total > self.limits.num_blocks:
+            parked = 0 if group.beam is None else self._beams.parked_need(group)
+            if total + parked > self.limits.num_blocks:
                 self._cap(seqs[-1])
                 continue
-            spare = self.blocks.num_free - step.blocks_promised - needed
+            spare = self.blocks.num_free - step.blocks_promised - needed - parked
             if spare < (self._watermark if self.running else 0):
                 return
             self._start(group, seqs, slots, now)
@@ -391,6 +403,7 @@ class Scheduler:
                 self._try_row(step, seq)
                 # The rest of it was counted as taken above: keep later arrivals of this step off it.
                 step.blocks_promised += self.blocks.missing(seq, seq.num_known)
+            step.blocks_promised += parked
 
     def _may_admit(self, group: SequenceGroup, now: float) -> bool:
         factor = self.limits.delay_factor
@@ -418,6 +431,10 @@ class Scheduler:
 
     def _cap(self, seq: Sequence) -> None:
         """Ends a sequence that has outgrown the whole cache; it keeps what it has generated."""
+        if seq.group.beam is not None:
+            self._beams.end(seq.group)
+            self._capped.append(seq.group.seqs[0])
+            return
         self.finish(seq, SequenceStatus.FINISHED_LENGTH)
         self._capped.append(seq)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from aserve.core.beam_state import BeamState
 from aserve.messages.inputs import LoRARequest, PoolingParams
 from aserve.messages.outputs import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP
 from aserve.messages.params import SamplingParams
@@ -134,6 +135,7 @@ class Sequence:
         child.num_computed = self.num_computed
         child.in_flight = self.in_flight
         child.blocks = list(self.blocks)
+        child.swapped_blocks = list(self.swapped_blocks)
         child.block_keys = list(self.block_keys)
         child.num_published = self.num_published
         child.num_slid = self.num_slid
@@ -145,6 +147,8 @@ class Sequence:
 @dataclass(eq=False, slots=True)
 class SequenceGroup:
     """A request: one prompt, ``params.best_of`` sequences once the prompt has been computed.
+
+    With beam search those are the running beams, and in the end the hypotheses, best first.
 
     eos_token_id: ends a sequence unless ``params.ignore_eos``; None when unknown.
     max_model_len: a sequence ends once it is longer than this.
@@ -174,8 +178,11 @@ class SequenceGroup:
     cache_salt: str | None = None
     image_hash: bytes | None = None
     seqs: list[Sequence] = field(default_factory=list)
+    number: int = 0
+    """Grows from one request queued to the next."""
     expanded: bool = False
-    """Whether the ``best_of`` sequences exist yet."""
+    """Whether all sequences there will be exist; never of beams, which come and go."""
+    beam: BeamState | None = None
     reserved_slots: list[int] = field(default_factory=list)
     prompt_logprobs: list[SampleLogprobs] = field(default_factory=list)
     first_scheduled_time: float | None = None
@@ -200,6 +207,8 @@ class SequenceGroup:
         self.max_known = room
         self.stop_ids = frozenset(params.stop_token_ids or ())
         self.expanded = self.width == 1
+        if params.use_beam_search:
+            self.beam = BeamState(self)
         self.repeats = self.width == 1 and self.pooling is None and not params.stop and params.only_likeliest
 
     @property

@@ -13,7 +13,7 @@ Order = tuple[int, float, int]
 
 def order(group: SequenceGroup) -> Order:
     """Place among all requests: by priority, then arrival, then the order they were queued in."""
-    return group.priority, group.arrival_time, group.seqs[0].seq_id
+    return group.priority, group.arrival_time, group.number
 
 
 class WaitingQueue:
@@ -88,7 +88,7 @@ class Deadlines:
     def watch(self, group: SequenceGroup) -> None:
         if group.deadline is None:
             return
-        heappush(self._heap, (group.deadline, group.seqs[0].seq_id, group))
+        heappush(self._heap, (group.deadline, group.number, group))
         if len(self._heap) & (len(self._heap) - 1) == 0:
             # At every power of two, so that ended requests with late deadlines do not pile up.
             self._heap = [entry for entry in self._heap if not entry[2].finished]

@@ -85,11 +85,6 @@ class InputProcessor:
             raise InvalidRequestError(
                 f"params must be SamplingParams or PoolingParams, got {type(params).__name__}", param="params"
             )
-        if params.use_beam_search:
-            raise InvalidRequestError(
-                "use_beam_search is not available in this release; use best_of with a temperature above 0",
-                param="use_beam_search",
-            )
         if params.guided is not None:
             raise InvalidRequestError(
                 "guided decoding is not available in this release", param=params.guided.param

@@ -353,7 +353,7 @@ class LLMEngine:
             now=now,
             **_load_of(core),
             prompt_tokens=changes.prompt_tokens,
-            generation_tokens=len(changes.tokens),
+            generation_tokens=changes.num_tokens,
             preemptions=preemptions,
             prefix_queries=core.prefix_counts.queries,
             prefix_hits=core.prefix_counts.hits,

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from aserve.core.beam_state import unrolled
 from aserve.core.scheduler import Commit, Scheduler, TokenUpdate
 from aserve.core.sequence import Sequence, SequenceGroup, SequenceStatus
+from aserve.engine.beam_text import BeamTexts
 from aserve.engine.pooling import embedding_of
 from aserve.engine.report import facts
 from aserve.engine.stats import EngineStats
@@ -54,7 +56,8 @@ class SequenceText:
 class RequestState:
     """A request on its way out.
 
-    whole: it has a single output, at its end: that is asked for, or the best of several are to be found.
+    whole: it has a single output, at its end: that is asked for, or the best of several are to be found, or
+        beams, whose texts are not known before.
     """
 
     __slots__ = ("group", "kind", "mailbox", "prompt_logprobs_sent", "sink", "texts", "whole")
@@ -64,8 +67,10 @@ class RequestState:
         self.kind = kind
         self.sink = sink
         self.mailbox = mailbox
-        self.whole = kind is OutputKind.FINAL_ONLY or (
-            kind is OutputKind.DELTA and group.width != group.params.n
+        self.whole = (
+            kind is OutputKind.FINAL_ONLY
+            or group.beam is not None
+            or (kind is OutputKind.DELTA and group.width != group.params.n)
         )
         self.texts: dict[int, SequenceText] = {}
         self.prompt_logprobs_sent = False
@@ -119,6 +124,8 @@ class OutputProcessor:
     ) -> RequestState:
         state = RequestState(group, kind, sink, mailbox)
         self.states[group.request_id] = state
+        if group.beam is not None and group.params.stop:
+            group.beam.watch = BeamTexts(lambda: self._begin_text(group), group.params.min_tokens)
         return state
 
     def drop(self, request_id: str) -> RequestState | None:
@@ -137,8 +144,8 @@ class OutputProcessor:
         if state is None:
             return
         try:
-            text = self._text_of(state, seq)
-            self._flush(text, seq)
+            if state.group.beam is None:
+                self._flush(self._text_of(state, seq), seq)
         except Exception as error:
             self._give_up(state, "making its text", error)
         else:
@@ -176,6 +183,8 @@ class OutputProcessor:
                 self._advance(state.texts.get(seq.seq_id) or self._text_of(state, seq), update)
             except Exception as error:  # one request's text must never end the loop for all others
                 self._give_up(state, "making its text", error)
+        for group in changes.beams:
+            self._saw_beams(group, now, waited)
         for last, count in waited.items():
             self._stats.on_output_token((now - last) / changes.steps, count * changes.steps)
         for group, reason in changes.failed:
@@ -185,6 +194,9 @@ class OutputProcessor:
         for request_id, (state, seqs) in dirty.items():
             if request_id in states:  # otherwise it has failed
                 self._emit(state, seqs, now)
+        for group in changes.beams:
+            if group.finished and group.request_id in states:
+                self._emit(states[group.request_id], group.seqs, now)
         for group, vector in changes.pooled:
             pooled = states.get(group.request_id)
             if pooled is not None:
@@ -210,22 +222,61 @@ class OutputProcessor:
         if state.mailbox is not None:
             state.mailbox.fail(RequestFailedError(f"the request could not be completed: {reason}"))
 
+    def _saw_beams(self, group: SequenceGroup, now: float, waited: dict[float, int]) -> None:
+        """Times of a request whose beams took a step; ``waited`` as in :meth:`process`."""
+        if group.request_id not in self.states:
+            return
+        if group.first_token_time is None:
+            group.first_token_time = now
+            self._stats.on_first_token(now - group.arrival_time)
+        else:
+            last = group.last_token_time or now
+            waited[last] = waited.get(last, 0) + 1
+        group.last_token_time = now
+
     def _text_of(self, state: RequestState, seq: Sequence) -> SequenceText:
         text = state.texts.get(seq.seq_id)
         if text is None:
             params = seq.group.params
             detokenizer = stop = None
             if self._tokenizer is not None and params.detokenize:
-                detokenizer = Detokenizer(
-                    self._tokenizer,
-                    seq.group.prompt_token_ids,
-                    skip_special_tokens=params.skip_special_tokens,
-                    spaces_between_special_tokens=params.spaces_between_special_tokens,
-                )
-                if params.stop:
-                    stop = StopChecker(list(params.stop), params.include_stop_str_in_output)
+                detokenizer, stop = self._begin_text(seq.group)
             text = state.texts[seq.seq_id] = SequenceText(detokenizer, stop, params.logprobs is not None)
         return text
+
+    def _begin_text(self, group: SequenceGroup) -> tuple[Detokenizer, StopChecker | None]:
+        params = group.params
+        detokenizer = Detokenizer(
+            self._tokenizer,
+            group.prompt_token_ids,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+        )
+        stop = StopChecker(list(params.stop), params.include_stop_str_in_output) if params.stop else None
+        return detokenizer, stop
+
+    def _write_beam(self, text: SequenceText, seq: Sequence) -> None:
+        """The text and log-probabilities of a whole output, whose status is known."""
+        params = seq.group.params
+        trail = seq.group.beam and seq.group.beam.trails.get(seq)
+        details = unrolled(trail or None)
+        tokens = seq.output_token_ids
+        stopped = seq.status is SequenceStatus.FINISHED_STOPPED and not isinstance(seq.stop_reason, str)
+        silent = len(tokens) if stopped and not params.include_stop_str_in_output else -1
+        for count, token_id in enumerate(tokens, 1):
+            delta = ""
+            if text.detokenizer is not None and count != silent:
+                delta = text.detokenizer.push(token_id)
+            if text.logprobs is not None:
+                text.logprobs.append(self._logprobs(token_id, details[count - 1], delta))
+            if text.stop is None:
+                text.text += delta
+            elif delta:
+                found = text.stop.feed(delta, searching=count >= params.min_tokens)
+                text.text = text.stop.text
+                if found is not None:
+                    return
+        self._flush(text, seq)
 
     def _advance(self, text: SequenceText, update: TokenUpdate) -> None:
         """Adds one token's text, looks for stop strings, keeps its log-probabilities."""
@@ -300,6 +351,9 @@ class OutputProcessor:
             self.states.pop(group.request_id, None)
         elif state.whole:
             return
+        if group.beam is not None:
+            for seq in self._best(group):
+                self._write_beam(self._text_of(state, seq), seq)
         streamed = state.kind is OutputKind.DELTA and not state.whole
         if streamed:
             outputs = [self._delta(state, seq) for seq in changed]
@@ -327,6 +381,8 @@ class OutputProcessor:
         """The ``n`` sequences to return: all of them, or those likeliest as a whole, likeliest first."""
         if group.width == 1:
             return group.seqs
+        if group.beam is not None:
+            return group.seqs[: group.params.n]
         ranked = sorted(group.seqs, key=lambda seq: seq.cumulative_logprob, reverse=True)
         return ranked[: group.params.n]
 

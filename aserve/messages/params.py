@@ -18,6 +18,12 @@ GREEDY_TEMPERATURE = 1e-5
 
 LOGIT_BIAS_LIMIT = 100.0
 
+LENGTH_PENALTY_LIMIT = 10.0
+"""Far beyond what is of use, and far below what makes a score overflow."""
+
+BEAM_LIMIT = 512
+"""Most beams of one request."""
+
 LogitsProcessor = Callable[..., Any]
 """``f(output_ids, row)`` or ``f(prompt_ids, output_ids, row)``, told apart by parameter count; ids are
 lists of int, ``row`` a float32 tensor of shape [vocab_size]. Must return the row to go on with."""
@@ -141,8 +147,12 @@ class SamplingParams:
     top_k: -1 for all, or >= 1; tokens tied with the k-th are kept too.
     min_p: in [0, 1]; drop tokens less likely than this fraction of the likeliest.
     seed: seed of this request's draws; None (or -1) draws from the engine's seed.
-    use_beam_search, length_penalty, early_stopping: beam search; ``length_penalty`` is the exponent
-        of the length in a beam's score, ``early_stopping`` is True, False or "never".
+    use_beam_search, length_penalty, early_stopping: beam search, with ``temperature`` 0: the ``n`` best of
+        ``best_of`` hypotheses are returned, best first, or as many as there are. A hypothesis' score is its
+        cumulative log-probability divided by its number of output tokens, the last included, to the power of
+        ``length_penalty``, in [-10, 10]. ``early_stopping`` True ends the search with ``best_of``
+        hypotheses, False once the best beam would not make a better one if it ended now, "never" once it
+        could not at any length. Outputs come whole, at the end.
     stop: strings that end the output; not part of it.
     stop_token_ids: tokens that end the output.
     include_stop_str_in_output: keep what ended the output, string or token, in its text.
@@ -305,6 +315,20 @@ class SamplingParams:
             raise _refusal("top_p", "1 with beam search", self.top_p)
         if self.top_k != -1:
             raise _refusal("top_k", "-1 with beam search", self.top_k)
+        if self.min_p != 0.0:
+            raise _refusal("min_p", "0 with beam search", self.min_p)
+        if not -LENGTH_PENALTY_LIMIT <= self.length_penalty <= LENGTH_PENALTY_LIMIT:
+            limit = LENGTH_PENALTY_LIMIT
+            raise _refusal("length_penalty", f"in [-{limit:g}, {limit:g}]", self.length_penalty)
+        if self.best_of > BEAM_LIMIT:
+            raise _refusal("best_of", f"at most {BEAM_LIMIT} with beam search", self.best_of)
+        # Every beam has to look at as many more tokens as there are that may end it.
+        most = max(1, 2 * BEAM_LIMIT // self.best_of - 1)
+        if len(set(self.stop_token_ids or ())) > most:
+            raise InvalidRequestError(
+                f"stop_token_ids may name {most} tokens with beam search and best_of={self.best_of}",
+                param="stop_token_ids",
+            )
         if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
             raise _refusal("early_stopping", 'true, false or "never"', self.early_stopping)
         if self.guided is not None:

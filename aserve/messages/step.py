@@ -30,6 +30,8 @@ class NewSequence:
     rng_seed: 64-bit seed of the sequence's draws; the draw for output position ``i`` depends on
         ``(rng_seed, i)`` alone, so batch neighbours and preemption cannot change it.
     pooled: its sample is not a token but the final hidden state at the last position.
+    candidates: its sample is not a token but this many of the likeliest, listed in the result's ``details``;
+        a later plan says which was ``chosen``. 0 for everything but beams.
     """
 
     slot: int
@@ -42,6 +44,7 @@ class NewSequence:
     eos_token_id: int | None = None
     want_prompt_logprobs: bool = True
     pooled: bool = False
+    candidates: int = 0
 
 
 @dataclass(slots=True)
@@ -63,7 +66,7 @@ class Fork:
 class StepPlan:
     """One iteration.
 
-    Applied in this order: ``new``, ``forks``, ``new_blocks``, ``replaced_blocks``, ``swap_outs``,
+    Applied in this order: ``new``, ``forks``, ``chosen``, ``new_blocks``, ``replaced_blocks``, ``swap_outs``,
     ``swap_ins``, ``block_copies``, then the forward pass over the rows, then sampling. Copies may depend
     on those before them in this order; within one list only ``block_copies`` are done one by one.
 
@@ -72,6 +75,9 @@ class StepPlan:
     samples: ``(row, slot)`` pairs: draw one token for ``slot`` from the last position of ``row``.
         Usually ``slot == slots[row]``; a prompt prefilled once for ``best_of`` sequences names its
         row several times with different slots.
+    forks: sequences that begin as copies of others; none is a parent and overwritten by another fork.
+    chosen: ``(slot, position, token)``: what was taken of the candidates of a slot, or of the slot that it
+        was forked from.
     new_blocks: ``(slot, block ids)`` appended to that slot's table.
     replaced_blocks: ``(slot, index, block id)``: a shared block was split (copy-on-write).
     swap_outs: ``(block, swap block)``: contents to move to host memory; no swap block twice.
@@ -90,6 +96,7 @@ class StepPlan:
     samples: list[tuple[int, int]]
     new: list[NewSequence] = field(default_factory=list)
     forks: list[Fork] = field(default_factory=list)
+    chosen: list[tuple[int, int, int]] = field(default_factory=list)
     new_blocks: list[tuple[int, list[int]]] = field(default_factory=list)
     replaced_blocks: list[tuple[int, int, int]] = field(default_factory=list)
     swap_outs: list[tuple[int, int]] = field(default_factory=list)
@@ -123,7 +130,8 @@ class StepResult:
     token_ids: the drawn tokens.
     logprobs: log-probability of each drawn token (float32 log-softmax after penalties, temperature
         and truncation).
-    details: index into ``samples`` -> ranks and top-k, for sequences that asked for logprobs.
+    details: index into ``samples`` -> ranks and top-k, for sequences that asked for logprobs. For beams
+        these are the candidates, or as many as asked for if that is more, and the likeliest is drawn.
     prompt_logprobs: row -> one entry per computed prompt position that predicts a prompt token:
         for tokens ``starts + 1 ..`` of the row, in order.
     pooled: index into ``samples`` -> final hidden state, float32 ``[H]``, for pooled sequences. Their

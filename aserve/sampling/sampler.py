@@ -39,6 +39,7 @@ class _Needs(enum.IntFlag):
     PROCESSORS = 8
     MIN_TOKENS = 16
     LOGPROBS = 32
+    CANDIDATES = 64
 
 
 @dataclass(slots=True)
@@ -64,6 +65,8 @@ class _Row:
     processors: list[tuple[LogitsProcessor, bool]]
     banned: torch.Tensor | None
     """Tokens that may not be drawn before ``min_tokens``."""
+    top: int
+    """How many of the likeliest tokens are listed with a drawn one."""
 
 
 class SamplerState:
@@ -72,6 +75,10 @@ class SamplerState:
     The order of operations on a row: logit bias and logits processors, the mask of ``min_tokens``,
     repetition, frequency and presence penalties, temperature, top-k, top-p, min-p, softmax in float32,
     the draw. Returned log-probabilities come from that softmax.
+
+    A slot that reports candidates, for beam search, draws the likeliest. Its softmax comes first and is not
+    made again, so that what bias, processors, ``min_tokens`` and penalties do to one token's log-probability
+    changes no other's: beams are compared by the sums of theirs.
     """
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
@@ -100,10 +107,14 @@ class SamplerState:
         prompt_token_ids: list[int],
         output_token_ids: list[int],
         eos_token_id: int | None,
+        candidates: int = 0,
     ) -> None:
-        """Gives ``slot`` to a sequence; ``output_token_ids`` is what it had drawn before a preemption."""
-        needs = 0
-        greedy = params.sampling_type is SamplingType.GREEDY
+        """Gives ``slot`` to a sequence; ``output_token_ids`` is what it had drawn before a preemption.
+
+        candidates: how many of the likeliest tokens are to be reported, of which :meth:`choose` names one.
+        """
+        needs = _Needs.CANDIDATES | _Needs.LOGPROBS if candidates else _Needs(0)
+        greedy = params.sampling_type in (SamplingType.GREEDY, SamplingType.BEAM)
         if not greedy:
             needs |= _Needs.DRAW
         top_k = self.vocab_size if params.top_k < 0 else min(params.top_k, self.vocab_size)
@@ -132,7 +143,12 @@ class SamplerState:
         if params.logprobs is not None:
             needs |= _Needs.LOGPROBS
         self._rows[slot] = _Row(
-            params, prompt_token_ids, list(output_token_ids) if processors else [], processors, banned
+            params,
+            prompt_token_ids,
+            list(output_token_ids) if processors else [],
+            processors,
+            banned,
+            max(params.logprobs or 0, candidates),
         )
         self._needs[slot] = needs
         self._temperature[slot] = 1.0 if greedy else min(params.temperature, _HOTTEST)
@@ -148,7 +164,12 @@ class SamplerState:
         """Makes ``slot`` a copy of ``parent_slot``, outputs included, with draws of its own."""
         parent = self._rows[parent_slot]
         self._rows[slot] = _Row(
-            parent.params, parent.prompt, list(parent.output), parent.processors, parent.banned
+            parent.params,
+            parent.prompt,
+            list(parent.output),
+            parent.processors,
+            parent.banned,
+            parent.top,
         )
         self._penalties.fork(slot, parent_slot)
         for column in (
@@ -163,6 +184,14 @@ class SamplerState:
         ):
             column[slot] = column[parent_slot]
         self._seeds[slot] = rng_seed & _MASK64
+
+    def choose(self, slot: int, token_id: int) -> None:
+        """Names the token that a slot goes on with after it has reported candidates."""
+        row = self._rows[slot]
+        if row.processors:
+            row.output.append(token_id)
+        if self._needs[slot] & _Needs.PENALTIES:
+            self._penalties.count(slot, token_id)
 
     # ---------------------------------------------------------------- drawing
 
@@ -221,6 +250,10 @@ class SamplerState:
         """Rows that need more than an argmax; ``needs`` and ``index`` are those of ``slots``."""
         failed: dict[int, str] = {}
         every = int(np.bitwise_or.reduce(needs))
+        beams = None
+        if every & _Needs.CANDIDATES:
+            beams = torch.from_numpy(np.flatnonzero(needs & _Needs.CANDIDATES)).to(logits.device)
+            logits[beams] = logits[beams].log_softmax(-1)
         if every & (_Needs.PROCESSORS | _Needs.MIN_TOKENS | _Needs.PENALTIES):
             self._edit(logits, needs, slots, failed)
         highest, token_ids = logits.max(-1)
@@ -245,6 +278,8 @@ class SamplerState:
                 logits[where] = part
         # One row's result is the same alone and in a batch, which a plain sum over a row would not give.
         logprobs = logits.log_softmax(-1)
+        if beams is not None:
+            logprobs[beams] = logits[beams]
         if every & _Needs.DRAW:
             picked = np.flatnonzero(needs & _Needs.DRAW)
             chosen = index[picked]
@@ -255,7 +290,7 @@ class SamplerState:
         details = {}
         if every & _Needs.LOGPROBS:
             wanted = np.flatnonzero(needs & _Needs.LOGPROBS).tolist()
-            counts = [self._rows[slots[i]].params.logprobs or 0 for i in wanted]
+            counts = [self._rows[slots[i]].top for i in wanted]
             where = torch.tensor(wanted, device=logits.device)
             part = logprobs if len(wanted) == len(slots) else logprobs[where]
             details = dict(zip(wanted, _details(part, token_ids[where], counts), strict=True))
@@ -318,7 +353,8 @@ class SamplerState:
 
     def _remember(self, needs: np.ndarray, slots: list[int], index: np.ndarray, sampled: Sampled) -> None:
         self._num_output[index] += 1
-        tracked = np.flatnonzero(needs & (_Needs.PENALTIES | _Needs.PROCESSORS)).tolist()
+        drawn = (needs & _Needs.CANDIDATES) == 0
+        tracked = np.flatnonzero(drawn & ((needs & (_Needs.PENALTIES | _Needs.PROCESSORS)) != 0)).tolist()
         if not tracked:
             return
         tokens = sampled.token_ids.tolist()

@@ -50,7 +50,7 @@ class BatchState:
         """Slots whose sample is a hidden state."""
 
     def apply(self, plan: StepPlan) -> None:
-        """Takes over new sequences, forks and table changes."""
+        """Takes over new sequences, forks, chosen tokens and table changes."""
         for new in plan.new:
             ids = np.array(new.token_ids, dtype=np.int32)
             self.tokens[new.slot, : len(ids)] = self._move(ids)
@@ -65,6 +65,10 @@ class BatchState:
             self._set_table(fork.slot, fork.block_ids)
             self._prompt_lengths.pop(fork.slot, None)
             self.pooled.discard(fork.slot)
+        if plan.chosen:
+            places = np.array([slot * self._width + position for slot, position, _ in plan.chosen])
+            tokens = np.array([token for _, _, token in plan.chosen], dtype=np.int32)
+            self._flat[self._move(places)] = self._move(tokens)
         for slot, taken in plan.new_blocks:
             first = self._num_blocks[slot]
             self._num_blocks[slot] = last = first + len(taken)

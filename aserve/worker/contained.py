@@ -35,7 +35,9 @@ class ContainedRows:
         prompt, output = new.token_ids[:cut], new.token_ids[cut:]
         self.broken.pop(new.slot, None)
         try:
-            self.sampler.add(new.slot, new.params, new.rng_seed, prompt, output, new.eos_token_id)
+            self.sampler.add(
+                new.slot, new.params, new.rng_seed, prompt, output, new.eos_token_id, new.candidates
+            )
         except Exception as error:
             self._breaks(new.slot, "preparing its sampling parameters", error)
             # The slot must hold something that rows can be drawn for.
@@ -50,6 +52,13 @@ class ContainedRows:
             self.sampler.add(fork.slot, SamplingParams(), fork.rng_seed, [], [], None)
         if fork.parent_slot in self.broken:
             self.broken[fork.slot] = self.broken[fork.parent_slot]
+
+    def choose(self, slot: int, token_id: int) -> None:
+        """Tells which token a slot that reports candidates goes on with."""
+        try:
+            self.sampler.choose(slot, token_id)
+        except Exception as error:
+            self._breaks(slot, "counting its tokens", error)
 
     def sample(self, compute: Callable[[], torch.Tensor], rows: list[int], slots: list[int]) -> Sampled:
         """As :meth:`SamplerState.sample`; ``compute`` makes the logits, float32 ``[R, V]``."""

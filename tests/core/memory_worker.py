@@ -25,6 +25,14 @@ def draw(prefix: int, rng_seed: int) -> int:
     return mix64(prefix ^ rng_seed) % VOCAB
 
 
+def likeliest(prefix: int, count: int) -> tuple[list[int], list[float]]:
+    """The next tokens of beams, likeliest first, and their log-probabilities; no two are equal."""
+    found = sorted((mix64(prefix ^ mix64(token + 1)) >> 11, token) for token in range(VOCAB))
+    # Between 0 and -6; sums of such numbers are as good as never equal.
+    scored = sorted((-6.0 * value / (1 << 53), token) for value, token in found)[::-1]
+    return [token for _, token in scored[:count]], [logprob for logprob, _ in scored[:count]]
+
+
 def vector(prefix: int) -> np.ndarray:
     """What stands for the final hidden state of a prefix."""
     return np.array([prefix >> shift & 0xFF for shift in (0, 8, 16, 24)], dtype=np.float32)
@@ -52,6 +60,7 @@ class MemoryWorker:
         self.plans = 0
         self.ends: list[int | None] = [None] * num_slots
         self.pooled = [False] * num_slots
+        self.candidates = [0] * num_slots
 
     def run(self, plan: StepPlan) -> StepResult:
         if plan.step_id != self.plans:
@@ -62,6 +71,7 @@ class MemoryWorker:
             self.tables[new.slot] = list(new.block_ids)
             self.seeds[new.slot] = new.rng_seed
             self.pooled[new.slot] = new.pooled
+            self.candidates[new.slot] = new.candidates
             wanted = new.want_prompt_logprobs and new.params.prompt_logprobs is not None
             self.prompt_logprobs[new.slot] = new.num_prompt_tokens if wanted else None
             self.ends[new.slot] = None if new.params.ignore_eos else new.eos_token_id
@@ -71,6 +81,11 @@ class MemoryWorker:
             self.seeds[fork.slot] = fork.rng_seed
             self.prompt_logprobs[fork.slot] = None
             self.pooled[fork.slot] = False
+            self.candidates[fork.slot] = self.candidates[fork.parent_slot]
+        for slot, position, token in plan.chosen:
+            if position != len(self.tokens[slot]) - 1:
+                raise AssertionError(f"slot {slot} is not at position {position}")
+            self.tokens[slot][position] = token
         for slot, blocks in plan.new_blocks:
             self.tables[slot].extend(blocks)
         for slot, index, block in plan.replaced_blocks:
@@ -86,6 +101,7 @@ class MemoryWorker:
         # Any number up to the most is right.
         most = 1 + mix64(plan.step_id) % plan.max_steps
         drawn: list[int] = []
+        self.details: dict[int, SampleLogprobs] = {}
         for steps in range(1, most + 1):
             new, pooled = self._step(plan, steps - 1)
             drawn += new
@@ -106,6 +122,7 @@ class MemoryWorker:
             plan.step_id,
             drawn,
             [-1.0] * len(drawn),
+            details=self.details or None,
             prompt_logprobs=prompt_logprobs or None,
             pooled=pooled or None,
             steps=steps,
@@ -123,7 +140,7 @@ class MemoryWorker:
         prefixes = [self._read(slot, start, start + count) for slot, start, count in rows]
         drawn = []
         pooled = {}
-        for row, slot in plan.samples:
+        for index, (row, slot) in enumerate(plan.samples):
             _, start, count = rows[row]
             if self.pooled[slot]:
                 pooled[len(drawn)] = vector(prefixes[row])
@@ -132,6 +149,10 @@ class MemoryWorker:
             token = draw(prefixes[row], self.seeds[slot])
             self.tokens[slot] = [*self.tokens[slot][: start + count], token]
             self._scribble(slot, start + count)
+            if self.candidates[slot]:
+                ids, logprobs = likeliest(prefixes[row], self.candidates[slot])
+                self.details[index] = SampleLogprobs(logprobs[0], 1, ids, logprobs)
+                self.tokens[slot][-1] = None  # told by a later plan
             drawn.append(token)
         return drawn, pooled
 
@@ -188,3 +209,50 @@ def expected_output(prompt: list[int], rng_seed: int, max_tokens: int, stop: set
             break
         running = prefix_hash(running, token)
     return output
+
+
+def expected_beams(
+    prompt: list[int],
+    width: int,
+    max_tokens: int,
+    stop: set[int | None],
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
+) -> list[tuple[list[int], float]]:
+    """What beam search finds when nothing else exists: ``(tokens, total log-probability)``, best first.
+
+    In the form of transformers' own, with an array of scores over all beams and tokens, and hypotheses that
+    are kept beside the running beams.
+    """
+    start = 0
+    for token in prompt:
+        start = prefix_hash(start, token)
+    running = [([], 0.0, start)]
+    done: list[tuple[float, list[int], float]] = []
+    ends = len(stop - {None})
+    for length in range(1, max_tokens + 1):
+        grid = []
+        for tokens, total, prefix in running:
+            for token, logprob in zip(*likeliest(prefix, VOCAB), strict=True):
+                grid.append((total + logprob, [*tokens, token], prefix_hash(prefix, token)))
+        grid.sort(key=lambda entry: -entry[0])
+        grid = grid[: max(2, 1 + ends) * width]
+        hit = [tokens[-1] in stop or length == max_tokens for _, tokens, _ in grid]
+        done += [
+            (total / length**length_penalty, tokens, total)
+            for (total, tokens, _), ended in zip(grid[:width], hit, strict=False)
+            if ended
+        ]
+        done = sorted(done, key=lambda entry: -entry[0])[:width]
+        running = [
+            (tokens, total, prefix)
+            for (total, tokens, prefix), ended in zip(grid, hit, strict=True)
+            if not ended
+        ][:width]
+        if not running:
+            break
+        if len(done) == width:
+            reach = max_tokens if early_stopping == "never" and length_penalty > 0 else length
+            if early_stopping is True or running[0][1] / reach**length_penalty <= done[-1][0]:
+                break
+    return [(tokens, total) for _, tokens, total in done]
