@@ -146,6 +146,8 @@ class OutputProcessor:
         try:
             if state.group.beam is None:
                 self._flush(self._text_of(state, seq), seq)
+            else:
+                self._write_beams(state)
         except Exception as error:
             self._give_up(state, "making its text", error)
         else:
@@ -195,8 +197,15 @@ class OutputProcessor:
             if request_id in states:  # otherwise it has failed
                 self._emit(state, seqs, now)
         for group in changes.beams:
-            if group.finished and group.request_id in states:
-                self._emit(states[group.request_id], group.seqs, now)
+            ended = states.get(group.request_id)
+            if ended is None or not group.finished:
+                continue
+            try:
+                self._write_beams(ended)
+            except Exception as error:
+                self._give_up(ended, "making its text", error)
+            else:
+                self._emit(ended, group.seqs, now)
         for group, vector in changes.pooled:
             pooled = states.get(group.request_id)
             if pooled is not None:
@@ -254,6 +263,11 @@ class OutputProcessor:
         )
         stop = StopChecker(list(params.stop), params.include_stop_str_in_output) if params.stop else None
         return detokenizer, stop
+
+    def _write_beams(self, state: RequestState) -> None:
+        """Makes the texts of the outputs that beams have come to."""
+        for seq in self._best(state.group):
+            self._write_beam(self._text_of(state, seq), seq)
 
     def _write_beam(self, text: SequenceText, seq: Sequence) -> None:
         """The text and log-probabilities of a whole output, whose status is known."""
@@ -351,9 +365,6 @@ class OutputProcessor:
             self.states.pop(group.request_id, None)
         elif state.whole:
             return
-        if group.beam is not None:
-            for seq in self._best(group):
-                self._write_beam(self._text_of(state, seq), seq)
         streamed = state.kind is OutputKind.DELTA and not state.whole
         if streamed:
             outputs = [self._delta(state, seq) for seq in changed]

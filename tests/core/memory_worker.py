@@ -9,6 +9,10 @@ same request give the same tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from random import Random
+
 import numpy as np
 
 from aserve.core.sequence import mix64
@@ -25,12 +29,13 @@ def draw(prefix: int, rng_seed: int) -> int:
     return mix64(prefix ^ rng_seed) % VOCAB
 
 
-def likeliest(prefix: int, count: int) -> tuple[list[int], list[float]]:
-    """The next tokens of beams, likeliest first, and their log-probabilities; no two are equal."""
-    found = sorted((mix64(prefix ^ mix64(token + 1)) >> 11, token) for token in range(VOCAB))
-    # Between 0 and -6; sums of such numbers are as good as never equal.
-    scored = sorted((-6.0 * value / (1 << 53), token) for value, token in found)[::-1]
-    return [token for _, token in scored[:count]], [logprob for logprob, _ in scored[:count]]
+@lru_cache(maxsize=10_000)
+def likeliest(prefix: int) -> tuple[list[int], list[float]]:
+    """The next tokens of beams, likeliest first, and their log-probabilities, from 0 down to -6."""
+    # So many digits that two sums of such numbers are as good as never equal.
+    uniform = Random(prefix).random
+    scored = sorted((6.0 * uniform(), token) for token in range(VOCAB))
+    return [token for _, token in scored], [-cost for cost, _ in scored]
 
 
 def vector(prefix: int) -> np.ndarray:
@@ -71,7 +76,7 @@ class MemoryWorker:
             self.tables[new.slot] = list(new.block_ids)
             self.seeds[new.slot] = new.rng_seed
             self.pooled[new.slot] = new.pooled
-            self.candidates[new.slot] = new.candidates
+            self.candidates[new.slot] = new.candidates and max(new.candidates, new.params.logprobs or 0)
             wanted = new.want_prompt_logprobs and new.params.prompt_logprobs is not None
             self.prompt_logprobs[new.slot] = new.num_prompt_tokens if wanted else None
             self.ends[new.slot] = None if new.params.ignore_eos else new.eos_token_id
@@ -150,8 +155,9 @@ class MemoryWorker:
             self.tokens[slot] = [*self.tokens[slot][: start + count], token]
             self._scribble(slot, start + count)
             if self.candidates[slot]:
-                ids, logprobs = likeliest(prefixes[row], self.candidates[slot])
-                self.details[index] = SampleLogprobs(logprobs[0], 1, ids, logprobs)
+                count = self.candidates[slot]
+                ids, logprobs = likeliest(prefixes[row])
+                self.details[index] = SampleLogprobs(logprobs[0], 1, ids[:count], logprobs[:count])
                 self.tokens[slot][-1] = None  # told by a later plan
             drawn.append(token)
         return drawn, pooled
@@ -215,29 +221,30 @@ def expected_beams(
     prompt: list[int],
     width: int,
     max_tokens: int,
-    stop: set[int | None],
+    stop: set[int | None] | Callable[[list[int]], bool],
     length_penalty: float = 1.0,
     early_stopping: bool | str = False,
 ) -> list[tuple[list[int], float]]:
     """What beam search finds when nothing else exists: ``(tokens, total log-probability)``, best first.
 
     In the form of transformers' own, with an array of scores over all beams and tokens, and hypotheses that
-    are kept beside the running beams.
+    are kept beside the running beams. stop: tokens that end an output, or whether an output has ended.
     """
+    ended_by = stop if callable(stop) else lambda tokens: tokens[-1] in stop
     start = 0
     for token in prompt:
         start = prefix_hash(start, token)
     running = [([], 0.0, start)]
     done: list[tuple[float, list[int], float]] = []
-    ends = len(stop - {None})
+    ends = 1 if callable(stop) else len(stop - {None})
     for length in range(1, max_tokens + 1):
         grid = []
         for tokens, total, prefix in running:
-            for token, logprob in zip(*likeliest(prefix, VOCAB), strict=True):
+            for token, logprob in zip(*likeliest(prefix), strict=True):
                 grid.append((total + logprob, [*tokens, token], prefix_hash(prefix, token)))
         grid.sort(key=lambda entry: -entry[0])
         grid = grid[: max(2, 1 + ends) * width]
-        hit = [tokens[-1] in stop or length == max_tokens for _, tokens, _ in grid]
+        hit = [ended_by(tokens) or length == max_tokens for _, tokens, _ in grid]
         done += [
             (total / length**length_penalty, tokens, total)
             for (total, tokens, _), ended in zip(grid[:width], hit, strict=False)

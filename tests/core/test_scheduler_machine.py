@@ -18,7 +18,7 @@ from aserve.core.sequence import SequenceGroup, SequenceStatus
 from aserve.core.waiting import order
 from aserve.errors import QueueFullError
 from aserve.messages.params import SamplingParams
-from tests.core.memory_worker import VOCAB, MemoryWorker, expected_output, prefix_hash
+from tests.core.memory_worker import VOCAB, MemoryWorker, expected_beams, expected_output, prefix_hash
 
 MAX_MODEL_LEN = 48
 STOP_TOKEN = 7
@@ -104,6 +104,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         timeout=st.sampled_from([None] * 8 + [0.0, 1.0]),
         salt=st.sampled_from([None, None, "a"]),
         eos=st.sampled_from([None, None, STOP_TOKEN + 1]),
+        beams=st.sampled_from([None, True, False, "never"]),
+        length_penalty=st.sampled_from([1.0, 0.0, 2.0, -1.0]),
     )
     def add(
         self,
@@ -118,16 +120,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         timeout,
         salt,
         eos,
+        beams,
+        length_penalty,
     ):
         if data.draw(st.booleans()):  # a prompt that begins like something seen before
             text = data.draw(st.sampled_from(self.texts))
             prompt = (text[: data.draw(st.integers(1, len(text)))] + prompt[:3])[:MAX_MODEL_LEN]
+        search = {}
+        if beams is not None and width > 1:
+            search = {"use_beam_search": True, "early_stopping": beams, "length_penalty": length_penalty}
         params = SamplingParams(
             n=width,
-            temperature=0.0 if width == 1 else 1.0,
+            temperature=0.0 if width == 1 or beams is not None else 1.0,
             max_tokens=max_tokens,
             stop_token_ids=[] if ignore_stop else [STOP_TOKEN],
             prompt_logprobs=prompt_logprobs,
+            **search,
         )
         self.names += 1
         self.now += 0.01
@@ -200,6 +208,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             if update.seq.finished:
                 self.texts.append(update.seq.token_ids)
                 self.check_finished(update.seq.group)
+        for group in changes.beams:
+            if group.finished:
+                self.check_beams(group, self.most_tokens(group))
+                self.texts.append(group.seqs[0].token_ids)
+                self.check_finished(group)
         self.check_index()
 
     @precondition(lambda self: self.live)
@@ -228,7 +241,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.live)))
         group = self.live[name]
         candidates = [seq for seq in group.unfinished if seq.num_output_tokens > 0]
-        if candidates:
+        if candidates and group.beam is None:
             self.scheduler.finish(candidates[-1], SequenceStatus.FINISHED_STOPPED, "stop")
             if group.finished:
                 del self.live[name]
@@ -276,11 +289,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         named = [slot for _, slot in plan.samples]
         assert len(set(named)) == len(named)
         for seq, count in zip(plan.ticket.rows, plan.counts, strict=True):
-            if seq not in plan.ticket.samples:
+            if seq not in plan.ticket.samples and seq not in plan.ticket.beams:
                 continue
             room = len(seq.blocks) * limits.block_size - seq.num_computed
             assert room >= min(limits.num_lookahead_slots, seq.max_known - 1 - seq.num_computed)
-            if limits.window is not None and count == 1:
+            if limits.window is not None and count == 1 and not (seq.group.beam and seq.group.beam.parked):
                 held = sum(block != NULL_BLOCK for block in seq.blocks)
                 ahead = limits.num_lookahead_slots + self.max_steps - 1
                 assert held <= -(-(limits.window + ahead) // limits.block_size) + 1
@@ -296,7 +309,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_finished(self, group):
         for seq in group.seqs:
-            if seq.finished:
+            if seq.finished and group.beam is None:
                 self.check_output(seq)
         if group.finished and self.live.pop(group.request_id, None):
             self.ended += 1
@@ -304,10 +317,27 @@ class SchedulerMachine(RuleBasedStateMachine):
                 ranks = [entry.rank for entry in group.prompt_logprobs]
                 assert ranks == list(range(1, len(group.prompt_token_ids)))
 
+    def most_tokens(self, group):
+        params = group.params
+        room = MAX_MODEL_LEN + 1 - group.num_prompt_tokens
+        return room if params.max_tokens is None else min(room, params.max_tokens)
+
+    def check_beams(self, group, most_tokens):
+        params = group.params
+        expected = expected_beams(
+            group.prompt_token_ids,
+            group.width,
+            most_tokens,
+            {*(params.stop_token_ids or ()), group.eos_token_id},
+            params.length_penalty,
+            params.early_stopping,
+        )
+        assert [(seq.output_token_ids, seq.cumulative_logprob) for seq in group.seqs] == expected
+        assert all(seq.finished and seq.slot < 0 and not seq.blocks for seq in group.seqs)
+
     def check_output(self, seq):
         params = seq.group.params
-        room = MAX_MODEL_LEN + 1 - seq.num_prompt_tokens
-        limit = room if params.max_tokens is None else min(room, params.max_tokens)
+        limit = self.most_tokens(seq.group)
         ends = {*(params.stop_token_ids or ()), seq.group.eos_token_id}
         expected = expected_output(seq.group.prompt_token_ids, seq.rng_seed, limit, ends)
         got = seq.output_token_ids
@@ -321,6 +351,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.live.pop(group.request_id) is group
             self.ended += 1
         for seq in self.scheduler.take_capped():
+            if seq.group.beam is not None:
+                # All that were running have become hypotheses, as they do at the end of a search that long.
+                if seq.group.beam.search.length:
+                    self.check_beams(seq.group, seq.group.beam.search.length)
+                del self.live[seq.group.request_id]
+                self.ended += 1
+                continue
             assert seq.status is SequenceStatus.FINISHED_LENGTH
             self.capped.add(seq.seq_id)
             if seq.group.finished and seq.group.request_id in self.live:

@@ -62,10 +62,8 @@ def test_prompts_that_never_fit_end_with_length(make_engine):
 
 def test_refusals_queue_nothing(make_engine):
     engine = make_engine()
-    with pytest.raises(InvalidRequestError, match="beam"):
-        engine.add_request(
-            "a", "x", SamplingParams(use_beam_search=True, best_of=2, n=1, temperature=0, early_stopping=True)
-        )
+    with pytest.raises(InvalidRequestError, match="max_num_seqs"):
+        engine.add_request("a", "x", SamplingParams(use_beam_search=True, best_of=9, temperature=0))
     assert not engine.has_unfinished_requests()
 
 
