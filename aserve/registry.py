@@ -117,3 +117,13 @@ executors = Registry(
 tokenizer_pools = Registry("tokenizer pool", {"ray": None})
 
 guided_backends = Registry("guided decoding backend", {"outlines": None, "lm-format-enforcer": None})
+
+tool_parsers = Registry(
+    "tool call parser",
+    {
+        "hermes": "aserve.server.openai.tools.hermes:HermesReader",
+        "llama3-json": "aserve.server.openai.tools.llama3:Llama3Reader",
+        "mistral": "aserve.server.openai.tools.mistral:MistralReader",
+        "pythonic": "aserve.server.openai.tools.pythonic:PythonicReader",
+    },
+)
