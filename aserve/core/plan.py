@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from aserve.core.block_manager import Growth
@@ -28,11 +29,13 @@ class Ticket:
 class PlanBuilder:
     """Collects rows under a token budget.
 
+    budget, prompt_budget: tokens that rows may still have, and those that rows of several may.
     prefills, decodes: rows of several tokens and of one; a plan has the former first, each in the order
         they were added in.
     prompt_tokens: tokens of prompts that the rows compute.
     blocks_promised: blocks that sequences admitted in this step will need but have not taken yet.
     cached_tokens: prompt tokens found in the prefix cache by requests that start in this step.
+    max_steps, seconds: as in :class:`StepPlan`.
     """
 
     __slots__ = (
@@ -42,14 +45,18 @@ class PlanBuilder:
         "copies",
         "decodes",
         "grown",
+        "max_steps",
         "prefills",
+        "prompt_budget",
         "prompt_tokens",
         "replaced",
+        "seconds",
         "swap_ins",
     )
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
+        self.prompt_budget = math.inf
         self.blocks_promised = 0
         self.prefills: list[Row] = []
         self.decodes: list[Row] = []
@@ -59,13 +66,20 @@ class PlanBuilder:
         self.copies: list[tuple[int, int]] = []
         self.swap_ins: list[tuple[int, int]] = []
         self.cached_tokens = 0
+        self.max_steps = 1
+        self.seconds = math.inf
 
     def add_row(self, seq: Sequence, count: int, growth: Growth) -> None:
         self.budget -= count
+        if count > 1:
+            self.prompt_budget -= count
         start = seq.num_computed
         if count > 1 or start < seq.num_prompt_tokens:
             self.prompt_tokens += count
         (self.prefills if count > 1 else self.decodes).append((seq, start, count))
+        self.add_growth(seq, growth)
+
+    def add_growth(self, seq: Sequence, growth: Growth) -> None:
         if growth.taken:
             self.grown.append((seq, growth.taken))
         if growth.split is not None:
@@ -106,6 +120,8 @@ class PlanBuilder:
             swap_ins=self.swap_ins,
             block_copies=self.copies,
             num_prefill_rows=prefills,
+            max_steps=self.max_steps,
+            seconds=self.seconds,
             ticket=Ticket(
                 rows=[seq for seq, _, _ in rows],
                 samples=[seq for _, seq in samples],

@@ -8,6 +8,7 @@ decoding are the same case with different counts.
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 
 from aserve.core import audit
@@ -51,6 +52,8 @@ class Scheduler:
         self._capped: list[Sequence] = []
         self._deadlines = Deadlines()
         self._expired: list[SequenceGroup] = []
+        self.run_in_flight: int | None = None
+        """Id of the issued plan of several steps; nothing is decided before its result is known."""
 
     # ---------------------------------------------------------------- requests in and out
 
@@ -131,8 +134,20 @@ class Scheduler:
 
     # ---------------------------------------------------------------- the decision
 
-    def schedule(self, now: float = 0.0) -> StepPlan | None:
-        """Decides the next step; None when nothing can run before an issued plan is committed."""
+    def schedule(
+        self,
+        now: float = 0.0,
+        max_steps: int = 1,
+        seconds: float = math.inf,
+        prompt_tokens: float = math.inf,
+    ) -> StepPlan | None:
+        """Decides the next step; None when nothing can run before an issued plan is committed.
+
+        max_steps, seconds: where all rows decode greedily, the plan may hold as many steps, see
+        :class:`StepPlan`. prompt_tokens: most tokens of prompts in the step, with chunked prefill.
+        """
+        if self.run_in_flight is not None:
+            return None
         if self._deadlines:
             for group in self._deadlines.due(now):
                 self.abort(group.request_id)
@@ -140,6 +155,7 @@ class Scheduler:
         num_capped = len(self._capped)
         step = PlanBuilder(self.limits.max_num_batched_tokens)
         if self.limits.chunked_prefill:
+            step.prompt_budget = prompt_tokens
             if not self._run_running(step):
                 self._admit(step, now)
         else:
@@ -152,8 +168,15 @@ class Scheduler:
                 self._admit(step, now, prompts=False)
         if step.empty:
             # A sequence that was ended for its size has made room for others.
-            return self.schedule(now) if len(self._capped) > num_capped else None
-        return self._issuer.issue(step, now)
+            if len(self._capped) > num_capped:
+                return self.schedule(now, max_steps, seconds, prompt_tokens)
+            return None
+        if max_steps > 1 and not step.prefills:
+            self._issuer.extend(step, max_steps, seconds)
+        plan = self._issuer.issue(step, now)
+        if plan.max_steps > 1:
+            self.run_in_flight = plan.step_id
+        return plan
 
     def commit(self, plan: StepPlan, result: StepResult, now: float = 0.0) -> Commit:
         """Applies a finished step: appends tokens, ends sequences, frees what they held.
@@ -177,7 +200,16 @@ class Scheduler:
                 changes.pooled.append((seq.group, vector))
         failed = result.failed or {}
         details = result.details or {}
-        for index, seq in enumerate(ticket.samples):
+        samples = ticket.samples
+        if plan.max_steps > 1:
+            self.run_in_flight = None
+            changes.steps = result.steps
+            for seq in samples:
+                seq.in_flight -= plan.max_steps - result.steps
+                if seq.status < SequenceStatus.FINISHED_STOPPED:
+                    seq.num_computed -= plan.max_steps - result.steps
+            samples = samples * result.steps
+        for index, seq in enumerate(samples):
             seq.in_flight -= 1
             if seq.status >= SequenceStatus.FINISHED_STOPPED:
                 continue
@@ -265,10 +297,13 @@ class Scheduler:
         )
 
     def _fits(self, seqs: list[Sequence], step: PlanBuilder) -> bool:
-        budget = step.budget
+        budget, prompt_budget = step.budget, step.prompt_budget
         needed = 0
         for seq in seqs:
             count = min(seq.num_known - seq.num_computed, budget)
+            if count > 1:
+                count = int(min(count, prompt_budget))
+                prompt_budget -= count
             budget -= count
             if count > 0:
                 needed += self.blocks.missing(seq, seq.num_computed + count)
@@ -311,7 +346,7 @@ class Scheduler:
 
         prompts, swapped: whether those that compute their prompt, or that were swapped out, may start.
         """
-        while step.budget > 0 and (group := self.waiting.head) is not None:
+        while step.budget > 0 and step.prompt_budget > 0 and (group := self.waiting.head) is not None:
             seqs = group.unfinished
             if any(seq.in_flight for seq in seqs):
                 return  # preempted a moment ago: its last token is still on the way
@@ -386,6 +421,8 @@ class Scheduler:
     def _try_row(self, step: PlanBuilder, seq: Sequence) -> None:
         """Adds the next tokens of ``seq`` to the step, as many as the token budget allows."""
         count = min(seq.num_known - seq.num_computed, step.budget)
+        if count > 1:
+            count = int(min(count, step.prompt_budget))
         end = seq.num_computed + count
         if count <= 0 or self.blocks.missing(seq, end) > self.blocks.num_free:
             return

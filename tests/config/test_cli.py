@@ -14,6 +14,7 @@ import pytest
 import aserve.args
 from aserve import packaged
 from aserve.args import (
+    SERVE_DEFAULTS,
     AsyncEngineArgs,
     EngineArgs,
     LoRAModule,
@@ -101,6 +102,8 @@ ENGINE_FLAGS: list[tuple[str, list[str], Any]] = [
     ("ngram_prompt_lookup_min", ["2"], 2),
     ("max_waiting_requests", ["9"], 9),
     ("max_waiting_tokens", ["99"], 99),
+    ("num_scheduler_steps", ["4"], 4),
+    ("max_decode_slowdown", ["3.5"], 3.5),
     ("overlap", ["0"], 0),
     ("engine_use_ray", [], True),
     ("disable_log_requests", [], True),
@@ -141,7 +144,7 @@ def test_the_tables_leave_no_argument_out() -> None:
 def test_engine_flag_sets_its_field_alone(name: str, values: list[str], expected: Any) -> None:
     head = [] if name == "model" else ["--model", "m"]
     engine, server = parse_serve_args(head + as_flag(name, values))
-    plain = dataclasses.asdict(AsyncEngineArgs("m"))
+    plain = dataclasses.asdict(AsyncEngineArgs("m", **SERVE_DEFAULTS))
     assert plain[name] != expected or name == "model", "the value under test must not be the default"
     assert dataclasses.asdict(engine) == {**plain, name: expected}
     assert server == ServerArgs()
@@ -151,7 +154,13 @@ def test_engine_flag_sets_its_field_alone(name: str, values: list[str], expected
 def test_server_flag_sets_its_field_alone(name: str, values: list[str], expected: Any) -> None:
     engine, server = parse_serve_args(["m", *as_flag(name, values)])
     assert dataclasses.asdict(server) == {**dataclasses.asdict(ServerArgs()), name: expected}
-    assert engine == AsyncEngineArgs("m")
+    assert engine == AsyncEngineArgs("m", **SERVE_DEFAULTS)
+
+
+@pytest.mark.parametrize("name", ["enable_prefix_caching", "enable_chunked_prefill"])
+def test_what_serving_switches_on_can_be_switched_off(name: str) -> None:
+    assert getattr(parse_serve_args(["m"])[0], name) is None
+    assert getattr(parse_serve_args(["m", "--no-" + name.replace("_", "-")])[0], name) is False
 
 
 def test_tls_flags(tmp_path: Any) -> None:

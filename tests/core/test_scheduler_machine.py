@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from array import array
 from collections import deque
@@ -40,6 +41,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         preemption=st.sampled_from([None, "swap", "recompute"]),
         lookahead=st.sampled_from([0, 0, 1, 5]),
         queue=st.sampled_from([(None, None), (None, None), (3, None), (None, 60)]),
+        max_steps=st.sampled_from([1, 2, 5]),
     )
     def start(
         self,
@@ -56,6 +58,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         preemption,
         lookahead,
         queue,
+        max_steps,
     ):
         num_blocks = -(-MAX_MODEL_LEN // block_size) + spare_blocks
         budget = max(budget, max_num_seqs) if chunked else max(budget, MAX_MODEL_LEN)
@@ -74,6 +77,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_waiting_requests=queue[0],
             max_waiting_tokens=queue[1],
         )
+        self.max_steps = max_steps
         self.scheduler = Scheduler(self.limits)
         self.worker = MemoryWorker(
             num_blocks, block_size, max_num_seqs, swap_blocks, self.limits.window, lookahead
@@ -99,6 +103,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 0, -1, 5]),
         timeout=st.sampled_from([None] * 8 + [0.0, 1.0]),
         salt=st.sampled_from([None, None, "a"]),
+        eos=st.sampled_from([None, None, STOP_TOKEN + 1]),
     )
     def add(
         self,
@@ -112,13 +117,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority,
         timeout,
         salt,
+        eos,
     ):
         if data.draw(st.booleans()):  # a prompt that begins like something seen before
             text = data.draw(st.sampled_from(self.texts))
             prompt = (text[: data.draw(st.integers(1, len(text)))] + prompt[:3])[:MAX_MODEL_LEN]
         params = SamplingParams(
             n=width,
-            temperature=1.0,
+            temperature=0.0 if width == 1 else 1.0,
             max_tokens=max_tokens,
             stop_token_ids=[] if ignore_stop else [STOP_TOKEN],
             prompt_logprobs=prompt_logprobs,
@@ -136,6 +142,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             priority=priority,
             deadline=None if timeout is None else self.now + timeout,
             cache_salt=salt,
+            eos_token_id=eos,
         )
         waiting = self.scheduler.waiting
         most = self.limits.max_waiting_requests
@@ -164,7 +171,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def schedule(self):
         self.now += 0.01
         before = set(map(id, self.scheduler.running))
-        plan = self.scheduler.schedule(self.now)
+        plan = self.scheduler.schedule(self.now, self.max_steps, prompt_tokens=self.pace())
         self.collect_ended()
         if plan is None:
             # With nothing in flight there is always something to do, or a request would hang.
@@ -182,8 +189,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     def commit(self):
         self.now += 0.01
         plan, result = self.issued.popleft()
-        for update in self.scheduler.commit(plan, result, self.now).tokens:
-            assert update.seq.token_ids[-1] == update.token_id
+        changes = self.scheduler.commit(plan, result, self.now)
+        assert changes.steps == result.steps
+        told: dict[int, list[int]] = {}
+        for update in changes.tokens:
+            told.setdefault(id(update.seq), []).append(update.token_id)
+        for update in changes.tokens:
+            new = told[id(update.seq)]
+            assert update.seq.token_ids[-len(new) :] == new
             if update.seq.finished:
                 self.texts.append(update.seq.token_ids)
                 self.check_finished(update.seq.group)
@@ -247,6 +260,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.blocks.num_free == self.scheduler.blocks.num_blocks
         assert self.scheduler.blocks.swap_pool.num_free == self.limits.num_swap_blocks
 
+    def pace(self):
+        """Some number of prompt tokens, another each time."""
+        return (math.inf, 3, 7)[len(self.issued) + int(self.now * 100) % 2]
+
     # ------------------------------------------------------------------ checks
 
     def check_plan(self, plan):
@@ -265,7 +282,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert room >= min(limits.num_lookahead_slots, seq.max_known - 1 - seq.num_computed)
             if limits.window is not None and count == 1:
                 held = sum(block != NULL_BLOCK for block in seq.blocks)
-                assert held <= -(-(limits.window + limits.num_lookahead_slots) // limits.block_size) + 1
+                ahead = limits.num_lookahead_slots + self.max_steps - 1
+                assert held <= -(-(limits.window + ahead) // limits.block_size) + 1
 
     def check_index(self):
         """Every block that can be found holds the tokens it can be found by."""
@@ -290,9 +308,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         params = seq.group.params
         room = MAX_MODEL_LEN + 1 - seq.num_prompt_tokens
         limit = room if params.max_tokens is None else min(room, params.max_tokens)
-        expected = expected_output(
-            seq.group.prompt_token_ids, seq.rng_seed, limit, set(params.stop_token_ids or ())
-        )
+        ends = {*(params.stop_token_ids or ()), seq.group.eos_token_id}
+        expected = expected_output(seq.group.prompt_token_ids, seq.rng_seed, limit, ends)
         got = seq.output_token_ids
         assert got == expected[: len(got)]
         if seq.seq_id not in self.capped and seq.stop_reason != "stop":
