@@ -13,6 +13,7 @@ from quart import current_app, request
 
 from aserve.errors import AserveError, EngineBusyError, EngineDeadError
 from aserve.server.direct import Courier
+from aserve.server.openai.tools.plan import check_at_start
 
 if TYPE_CHECKING:
     from aserve.config.server import ServerArgs
@@ -58,8 +59,17 @@ class Service:
     def start(self, engine: AsyncLLMEngine) -> None:
         """Begins to load ``engine``; the port can open meanwhile."""
         self.engine = engine
-        self._loading = asyncio.create_task(engine.start(), name="load engine")
+        self._loading = asyncio.create_task(self._load(engine), name="load engine")
         self._loading.add_done_callback(self._loaded)
+
+    async def _load(self, engine: AsyncLLMEngine) -> None:
+        await engine.start()
+        check_at_start(
+            await engine.get_tokenizer(),
+            self.chat_template,
+            self.args.tool_call_parser,
+            needed=self.args.enable_auto_tool_choice,
+        )
 
     def _loaded(self, task: asyncio.Task[None]) -> None:
         self._settled.set()

@@ -15,6 +15,7 @@ from aserve.server.connection import EventStream
 from aserve.server.direct import LiveEvents
 from aserve.server.openai import chat
 from aserve.server.openai.chat import Begun
+from aserve.server.openai.conversation import conversation, make_prompt, plan_tools
 from aserve.server.openai.generation import Usage
 from aserve.server.openai.models import served_model
 from aserve.server.openai.pieces import CallArguments, CallStart, Text
@@ -49,8 +50,8 @@ async def count_tokens() -> Response:
     asked = body.chat()
     limits = engine.model_config
     asked.check(vocab_size=limits.vocab_size, max_num_seqs=engine.config.scheduler.max_num_seqs)
-    asked.refuse_tools()
-    prompt = await chat.make_prompt(engine, asked, chat.conversation(asked.messages))
+    tools = await plan_tools(engine, asked)
+    prompt = await make_prompt(engine, asked, conversation(asked.messages), tools)
     return Response(orjson.dumps({"input_tokens": len(prompt.ids)}), content_type="application/json")
 
 

@@ -39,5 +39,3 @@ class NamedReader(CallReader):
         self.start(self._name)
         yield from read_value(self.source, self.arguments)
         self.end()
-
-

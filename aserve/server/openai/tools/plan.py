@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aserve.errors import ConfigError, InvalidRequestError
-from aserve.server.openai.pieces import Reader
 from aserve.server.openai.tools import parsers
 from aserve.server.openai.tools.conversation import for_template
 from aserve.server.openai.tools.forced import ListReader, NamedReader
@@ -22,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _NO_PARSER = (
     "this server cannot read the calls of tools that its model writes, because its chat template shows none "
-    "of the formats it knows; start it with --tool-call-parser, or set tool_choice to \"required\", to a "
+    'of the formats it knows; start it with --tool-call-parser, or set tool_choice to "required", to a '
     'named function or to "none"'
 )
 
@@ -39,7 +38,7 @@ class ToolPlan:
     template: str | None
     parser: type[CallReader] | None
 
-    def reader(self, *, whole: bool) -> Reader:
+    def reader(self, *, whole: bool) -> CallReader:
         """Tells the pieces of one choice apart; whole: its text comes at once."""
         names = {function.name for function in self.request.functions}
         new_id = parsers.id_maker(self.template)
@@ -54,17 +53,20 @@ class ToolPlan:
         self, messages: list[dict[str, Any]]
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
         """Messages and tools for the chat template."""
-        reader = self.reader(whole=True)
-        return for_template(self.template, messages, self.request, getattr(reader, "how", ""))
+        return for_template(self.template, messages, self.request, self.reader(whole=True).how)
 
     def apply(self, params: SamplingParams, tokenizer: Any) -> None:
         """Has the output guided, and what marks calls left in its text."""
         guided = self.request.guided()
         if guided is not None:
             if params.guided is not None:
-                param = params.guided.param
                 raise InvalidRequestError(
-                    f"{param}: tool_choice guides the output already", param="tool_choice"
+                    f"{params.guided.param}: tool_choice guides the output already", param="tool_choice"
+                )
+            if params.use_beam_search:
+                raise InvalidRequestError(
+                    "tool_choice: an output that must be a call cannot be combined with beam search",
+                    param="tool_choice",
                 )
             params.guided = guided
         elif params.guided is not None:
