@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from aserve.server.openai.tools.mistral import short_id, wants_short_ids
 from aserve.server.openai.tools.request import ToolRequest
 
 
@@ -26,10 +27,13 @@ def for_template(
     """Messages and tools as ``template`` takes them.
 
     Where it knows no tools, the system message, which is made if there is none, ends with a list of
-    them and ``how`` to call one. Where it knows no calls, an assistant's calls are part of its text.
+    them and ``how`` to call one. Where it knows no calls, an assistant's calls are part of its text. Ids of
+    another kind than a template insists on are replaced, the same by the same.
     """
     if not takes_calls(template):
         messages = [_calls_as_text(message) if "tool_calls" in message else message for message in messages]
+    elif wants_short_ids(template):
+        messages = [_with_short_ids(message) for message in messages]
     if tools is None:
         return messages, None
     shown = [function.shown() for function in tools.functions]
@@ -42,6 +46,15 @@ def _calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
     calls = orjson.dumps([call["function"] for call in message["tool_calls"]]).decode()
     text = message["content"]
     return {"role": message["role"], "content": f"{text}\n{calls}" if text else calls}
+
+
+def _with_short_ids(message: dict[str, Any]) -> dict[str, Any]:
+    if "tool_call_id" in message:
+        return {**message, "tool_call_id": short_id(message["tool_call_id"])}
+    if "tool_calls" not in message:
+        return message
+    calls = [{**call, "id": short_id(call.get("id", ""))} for call in message["tool_calls"]]
+    return {**message, "tool_calls": calls}
 
 
 def _list_of(tools: Sequence[dict[str, Any]], how: str) -> str:

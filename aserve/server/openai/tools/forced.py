@@ -16,8 +16,11 @@ class ListReader(CallReader):
     )
 
     def read(self) -> Reading[None]:
+        self.source.keep()
         if (yield from self.begins("[")):
             yield from self.call_list(certain=True)
+        else:
+            self.say(self.source.forget())
         yield from self.text_until()
 
 

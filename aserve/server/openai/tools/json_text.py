@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable
 
-from aserve.server.openai.tools.source import CutError, MalformedError, Reading, Source
+from aserve.server.openai.tools.source import MalformedError, Reading, Source
 
 MAX_DEPTH = 100
 """Of brackets: beyond it parsers of other languages, and templates, give up in ways of their own."""
@@ -88,7 +88,7 @@ def _scalar(source: Source, character: str, say: Say) -> Reading[None]:
     else:
         word = _WORDS.get((yield from source.run(_WORD, 5)))
         if word is None:
-            raise MalformedError
+            raise source.fault()
         say(word)
 
 
@@ -96,7 +96,7 @@ def read_number(source: Source) -> Reading[str]:
     """Takes a number and everything a number might hold that follows it."""
     number = yield from source.run(_IN_NUMBERS, MAX_NUMBER)
     if not _NUMBER.fullmatch(number):
-        raise CutError if source.ended and source.at >= len(source.text) else MalformedError
+        raise source.fault()
     return number
 
 

@@ -10,7 +10,7 @@ import json
 import re
 
 from aserve.server.openai.tools.json_text import MAX_DEPTH, MAX_NUMBER, Say
-from aserve.server.openai.tools.source import CutError, MalformedError, Reading, Source
+from aserve.server.openai.tools.source import MalformedError, Reading, Source
 
 _PLAIN = {quote: re.compile(rf"[^{quote}\\\n\r]+") for quote in "'\""}
 _WORD = re.compile(r"[A-Za-z]+")
@@ -46,7 +46,7 @@ def read_literal(source: Source, say: Say) -> Reading[None]:
         else:
             word = _WORDS.get((yield from source.run(_WORD, 5)))
             if word is None:
-                raise MalformedError
+                raise source.fault()
             say(word)
         # Here a value has just ended, or a bracket that holds nothing is about to.
         while open_brackets:
@@ -83,7 +83,7 @@ def _number(source: Source) -> Reading[str]:
     written = yield from source.run(_IN_NUMBERS, MAX_NUMBER)
     match = _NUMBER.fullmatch(written)
     if match is None or not (match[2] or match[3]):
-        raise CutError if source.ended and source.at >= len(source.text) else MalformedError
+        raise source.fault()
     sign, whole, fraction, exponent = match.groups("")
     number = sign + (whole.replace("_", "").lstrip("0") or "0")
     if "." in written:

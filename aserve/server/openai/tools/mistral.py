@@ -6,6 +6,7 @@ name or without. Formats: versions 3, 11 and 13 of the instruct tokenizers of mi
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 import string
@@ -17,12 +18,25 @@ from aserve.server.openai.tools.source import MalformedError, Reading
 MARKER = "[TOOL_CALLS]"
 
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]+")
+_SHORT = re.compile(r"[A-Za-z0-9]{9}")
 _ALPHABET = string.ascii_letters + string.digits
 
 
 def new_id() -> str:
     """Nine letters and digits: what Mistral's chat templates insist on when the call comes back."""
     return "".join(secrets.choice(_ALPHABET) for _ in range(9))
+
+
+def wants_short_ids(template: str | None) -> bool:
+    """Whether a chat template refuses conversations with ids of another kind."""
+    return "alphanumeric strings with length" in (template or "")
+
+
+def short_id(call_id: str) -> str:
+    """``call_id`` if it is nine letters and digits, else such an id that is made of it."""
+    if _SHORT.fullmatch(call_id):
+        return call_id
+    return hashlib.sha256(call_id.encode()).hexdigest()[:9]
 
 
 class MistralReader(CallReader):

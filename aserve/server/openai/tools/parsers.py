@@ -34,12 +34,11 @@ def load(name: str) -> type[CallReader]:
     return found
 
 
-def id_maker(template: str | None) -> Callable[[], str]:
-    """Makes ids of calls of the kind that ``template`` takes when they come back."""
-    if template and "length 9" in template:
-        return mistral.new_id
-    return new_id
-
-
 def new_id() -> str:
+    """The id of a call, as OpenAI's look."""
     return f"call_{secrets.token_hex(12)}"
+
+
+def id_maker(template: str | None) -> Callable[[], str]:
+    """Makes ids that ``template`` takes when they come back."""
+    return mistral.new_id if mistral.wants_short_ids(template) else new_id

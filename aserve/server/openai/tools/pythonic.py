@@ -3,6 +3,7 @@
 The values are Python's literals and become JSON as they come. The list may stand between
 ``<|python_start|>`` and ``<|python_end|>``, or between ``<|tool_call_start|>`` and ``<|tool_call_end|>``;
 without them a list at the beginning of the answer holds calls only if it names tools that there are.
+Between them calls may be JSON objects instead, which LFM2 writes if it is asked to.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ class PythonicReader(CallReader):
     def _call(self, certain: bool) -> Reading[None]:
         """Takes ``name(key=value, ...)``, which is told of once the first key is there."""
         source = self.source
-        yield from source.after_space()
+        if (yield from source.after_space()) == "{" and certain:
+            yield from self.call_object(certain=True)
+            return
         name = yield from source.run(_FUNCTION, 256)
         if not certain and name not in self.context.names:
             raise MalformedError

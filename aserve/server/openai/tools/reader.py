@@ -39,7 +39,7 @@ class CallReader:
 
     The pieces, put together, are the same for every way of splitting the text. Arguments are JSON as soon
     as their call is complete. Space around calls is dropped. What begins like a call and is none becomes
-    text; once its beginning has been told, its arguments end where it went wrong and the rest is text.
+    text; once its beginning has been told, its arguments end where it went wrong and what follows is text.
     Time and memory grow linearly with the text. Subclasses give ``read``.
     """
 

@@ -90,6 +90,10 @@ class Source:
             if not (yield from self.more()):
                 raise CutError
 
+    def fault(self) -> Exception:
+        """What is wrong with a word that makes no sense: it may only have been cut."""
+        return CutError() if self.ended and self.at >= len(self.text) else MalformedError()
+
     def expect(self, literal: str) -> Reading[None]:
         """Takes exactly ``literal``."""
         for character in literal:
