@@ -261,11 +261,27 @@ def _by_text_keys(value: Any) -> Any:
 
 
 FRAGMENTS = [
-    "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]",
-    "<|python_start|>", "<|python_end|>", '{"name": "f", ', '"arguments": ', '"parameters": ', '{"a": 1}', "{", "}", "[", "]",
-    "f(", "a=", ")", ",", ";", ":", '"', "'", "'''", "\\", "\\u12", "\\ud800", "\n", " ", "tru", "true",
-    "1e", "-", "0.5", "null", "name", "<", "x", "é", "😀", "\x00", "NaN", "None",
-]  # fmt: skip
+    *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+    *("<|python_start|>", "<|python_end|>", '{"name": "f", ', '"arguments": ', '"parameters": ', '{"a": 1}'),
+    *(
+        "f(",
+        "a=",
+        '"',
+        "'",
+        "'''",
+        "\\",
+        "\\u12",
+        "\\ud800",
+        "\n",
+        "\x00",
+        "tru",
+        "true",
+        "1e",
+        "0.5",
+        "null",
+    ),
+    *("name", "NaN", "None", "é", "😀", *"{}[]),;: -<x"),
+]
 
 
 @pytest.mark.parametrize("kind", ALL)
