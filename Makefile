@@ -4,6 +4,9 @@
 # make test-slow    the tests that take minutes
 # make fuzz     random histories of the scheduler for as long as EXAMPLES= says
 # make lint     ruff and mypy alone
+# make cuda     the CUDA kernels through nvcc for sm_80 and sm_90a; fails on registers spilled to memory
+# make kernels-full   the CUDA kernels' whole case list, run on the CPU
+# make kernels-asan   the same cases as `make test`, under AddressSanitizer and UndefinedBehaviorSanitizer
 # make load     Locust against a running server  (HOST=, PORT=, USERS=, TIME=)
 # make bench    aserve beside OpenVINO GenAI, llama.cpp and transformers, on an idle machine; figures, table
 #               and plot in build/bench  (ONLY=q4,offline for a piece, ROUNDS=, THREADS=, BUSY=warn)
@@ -16,7 +19,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup serve test test-slow fuzz lint load bench policies peers quality guard readme chromium clean
+.PHONY: setup serve test test-slow fuzz lint cuda kernels-full kernels-asan load bench policies peers quality guard readme chromium clean
 
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -106,6 +109,18 @@ test-slow: setup $(TEST_MODELS)
 
 fuzz: $(INSTALLED)
 	ASERVE_FUZZ_EXAMPLES=$(EXAMPLES) $(PY) -m pytest tests/core/test_scheduler_machine.py --timeout 0
+
+cuda:
+	$(PYTHON) cuda_ext/cuda/build.py cuda --check
+
+kernels-full: $(INSTALLED)
+	ASERVE_KERNEL_CASES=full $(PY) -m pytest tests/cuda --timeout 0
+
+# torch itself is not instrumented, so only what the kernels touch is watched.
+kernels-asan: $(INSTALLED)
+	$(PY) cuda_ext/cuda/build.py asan --with tests/cuda/faults.cu
+	ASERVE_EMULATION=asan LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0:halt_on_error=1 $(PY) -m pytest tests/cuda --timeout 0 -p no:faulthandler
 
 load: $(INSTALLED)
 	$(VENV)/bin/locust -f load_tests/locustfile.py --headless --host 'http://$(HOST):$(PORT)' -u $(USERS) -r $(USERS) -t $(TIME)

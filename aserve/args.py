@@ -393,7 +393,9 @@ class AsyncEngineArgs(EngineArgs):
     )
     disable_log_requests: bool = arg(False, group=_ASYNC, help="Log no requests.")
     max_log_len: int | None = arg(
-        None, group=_ASYNC, help="Most prompt characters or token ids logged per request; unset: no limit."
+        None,
+        group=_ASYNC,
+        help="Most prompt characters and token ids logged per request; unset: nothing of what it says.",
     )
 
 

@@ -191,7 +191,7 @@ class SamplerState:
             greedy = _greedy(logits[parts[0]])
             drawn = self._sample(logits[parts[1]], needs[others], chosen, index[others])
             sampled = _merge(len(slots), (plain.tolist(), greedy), (others.tolist(), drawn))
-        self._remember(needs, slots, index, sampled.token_ids)
+        self._remember(needs, slots, index, sampled)
         return sampled
 
     def only_likeliest(self, slots: list[int]) -> bool:
@@ -316,20 +316,22 @@ class SamplerState:
             row = result.to(torch.float32)
         return row
 
-    def _remember(
-        self, needs: np.ndarray, slots: list[int], index: np.ndarray, token_ids: torch.Tensor
-    ) -> None:
+    def _remember(self, needs: np.ndarray, slots: list[int], index: np.ndarray, sampled: Sampled) -> None:
         self._num_output[index] += 1
         tracked = np.flatnonzero(needs & (_Needs.PENALTIES | _Needs.PROCESSORS)).tolist()
         if not tracked:
             return
-        tokens = token_ids.tolist()
+        tokens = sampled.token_ids.tolist()
         for i in tracked:
-            if needs[i] & _Needs.PENALTIES:
-                self._penalties.count(slots[i], tokens[i])
             row = self._rows[slots[i]]
             if row.processors:
                 row.output.append(tokens[i])
+            if needs[i] & _Needs.PENALTIES:
+                try:
+                    self._penalties.count(slots[i], tokens[i])
+                except Exception as error:  # the step is drawn: only this row can be taken back
+                    logger.error("a drawn token could not be counted", exc_info=error)
+                    sampled.failed.setdefault(i, f"counting its tokens failed ({type(error).__name__})")
 
 
 def _greedy(logits: torch.Tensor) -> Sampled:

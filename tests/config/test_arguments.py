@@ -94,7 +94,9 @@ ASYNC: list[tuple[str, Any, Any]] = [
     ("max_log_len", MAYBE_INT, None),
 ]
 SERVER: dict[str, Any] = {
-    "host": None,
+    "host": "127.0.0.1",
+    "api_key_file": None,
+    "stall_timeout": 120.0,
     "port": 8000,
     "log_level": "info",
     "allow_credentials": False,
