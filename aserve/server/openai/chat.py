@@ -94,6 +94,10 @@ async def begin(body: ChatBody, request_id: str, *, clamp: bool = False) -> Begu
     options = body.options()
 
     messages = conversation(body.messages)
+    if body.continue_final_message and messages[-1]["role"] != "assistant":
+        raise InvalidRequestError(
+            "continue_final_message needs an assistant's message at the end", param="continue_final_message"
+        )
     tools = await plan_tools(engine, body)
     await engine.check_room()
     prompt = await make_prompt(engine, body, messages, tools)
@@ -114,7 +118,17 @@ async def begin(body: ChatBody, request_id: str, *, clamp: bool = False) -> Begu
     kind = OutputKind.FINAL_ONLY if whole else OutputKind.DELTA
     streams = await generation.submit(engine, request_id, [prompt], [params], kind, options)
     role = messages[-1]["role"]
-    if body.add_generation_prompt:
+    if body.add_generation_prompt and not body.continue_final_message:
         role = service().args.response_role or "assistant"
     echoed = messages[-1]["content"] if body.echo and messages[-1]["role"] == role else ""
     return Begun(request_id, model, prompt, params, streams, role, echoed, tools, whole)
+
+
+async def count_prompt(body: ChatBody) -> int:
+    """Tokens of the prompt that a conversation becomes; it is checked as if it were to be answered."""
+    engine = await service().ready_engine()
+    served_model(engine, body.model)
+    limits = engine.model_config
+    body.check(vocab_size=limits.vocab_size, max_num_seqs=engine.config.scheduler.max_num_seqs)
+    tools = await plan_tools(engine, body)
+    return len((await make_prompt(engine, body, conversation(body.messages), tools)).ids)
