@@ -9,6 +9,12 @@ namespace {
 
 constexpr int kWarps = 4, kUnroll = 4;
 
+template <typename C>
+__device__ __forceinline__ void widen(const Pack<C, 8>& some, float (&value)[8], bool real) {
+#pragma unroll
+  for (int e = 0; e < 8; e++) value[e] = real ? to_float(some.at[e]) : 0.0f;
+}
+
 // A block serves `rows` pairs of one row and KV head, over one part of its keys. A lane holds 8 features of a
 // head, so a warp reads 32 * 8 / bucket keys at a time, kUnroll of them ahead.
 template <typename T, typename C, int bucket, int rows>
@@ -55,20 +61,27 @@ __global__ void __launch_bounds__(kWarps * 32) decode_simple_kernel(AttentionArg
           v[u] = load_pack<C, 8>(static_cast<const C*>(a.v_cache) + at);
         }
       }
+      float dots[kUnroll][rows], value[8];
+#pragma unroll
+      for (int u = 0; u < kUnroll; u++) {
+        widen(k[u], value, real[u]);
+#pragma unroll
+        for (int r = 0; r < rows; r++) {
+          float dot = 0;
+#pragma unroll
+          for (int e = 0; e < 8; e++) dot += q[r][e] * value[e];
+          dots[u][r] = group_sum<lanes>(dot);
+        }
+      }
+      // A score takes its dot product's place, then the weight the score's.
 #pragma unroll
       for (int r = 0; r < rows; r++) {
-        float scores[kUnroll], highest = maximum[r];
+        float highest = maximum[r];
 #pragma unroll
         for (int u = 0; u < kUnroll; u++) {
           const int key = base + apart + u * step;
-          float dot = 0;
-          if (real[u]) {
-#pragma unroll
-            for (int e = 0; e < 8; e++) dot += q[r][e] * to_float(k[u].at[e]);
-          }
-          dot = group_sum<lanes>(dot);
-          scores[u] = key < keys.last ? score(a, dot, slope[r], position[r], key) : kNone;
-          highest = fmaxf(highest, scores[u]);
+          dots[u][r] = key < keys.last ? score(a, dots[u][r], slope[r], position[r], key) : kNone;
+          highest = fmaxf(highest, dots[u][r]);
         }
         const float factor = correction(maximum[r], highest);
         weight[r] *= factor;
@@ -76,15 +89,18 @@ __global__ void __launch_bounds__(kWarps * 32) decode_simple_kernel(AttentionArg
         for (int e = 0; e < 8; e++) sums[r][e] *= factor;
 #pragma unroll
         for (int u = 0; u < kUnroll; u++) {
-          const float p = scores[u] == kNone ? 0.0f : exp2f(scores[u] - highest);
-          weight[r] += p;
-          // A hidden key's value may be anything, even NaN.
-          if (real[u] && scores[u] != kNone) {
-#pragma unroll
-            for (int e = 0; e < 8; e++) sums[r][e] += p * to_float(v[u].at[e]);
-          }
+          dots[u][r] = dots[u][r] == kNone ? 0.0f : exp2f(dots[u][r] - highest);
+          weight[r] += dots[u][r];
         }
         maximum[r] = highest;
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; u++) {
+        widen(v[u], value, real[u]);
+#pragma unroll
+        for (int r = 0; r < rows; r++)
+#pragma unroll
+          for (int e = 0; e < 8; e++) sums[r][e] += dots[u][r] * value[e];
       }
     }
     float* state = reinterpret_cast<float*>(memory) + (warp * together + apart) * rows * (bucket + 2);
