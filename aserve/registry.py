@@ -116,4 +116,11 @@ executors = Registry(
 
 tokenizer_pools = Registry("tokenizer pool", {"ray": None})
 
-guided_backends = Registry("guided decoding backend", {"outlines": None, "lm-format-enforcer": None})
+guided_backends = Registry(
+    "guided decoding backend",
+    {
+        "llguidance": "aserve.guided.llguidance:LLGuidanceBackend",
+        "outlines": "aserve.guided.outlines:OutlinesBackend",
+        "lm-format-enforcer": "aserve.guided.lm_format_enforcer:LMFormatEnforcerBackend",
+    },
+)

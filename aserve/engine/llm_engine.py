@@ -83,7 +83,7 @@ class LLMEngine:
             lora=lora_config,
             vision_language=vision_language_config,
             speculative=speculative_config,
-            decoding=decoding_config or DecodingConfig(guided_decoding_backend="outlines"),
+            decoding=decoding_config or DecodingConfig(),
             tokenizer_pool=None,
         )
         self.model_config = model_config
