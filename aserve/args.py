@@ -335,6 +335,13 @@ class EngineArgs:
         default_text="any number",
         help="Most prompt tokens that may wait, likewise. A request that finds nobody waiting is let in.",
     )
+    num_scheduler_steps: int | None = arg(
+        None,
+        group=_SCHEDULER,
+        default_text="what suits the device",
+        help="Most greedy decode steps computed for one scheduling decision, up to 16 on a CPU. They end "
+        "early when a request arrives or ends, and after 16 ms. Their tokens are streamed together.",
+    )
     overlap: int = arg(
         1,
         group=_SCHEDULER,

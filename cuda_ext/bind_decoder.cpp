@@ -2,6 +2,8 @@
 // weights and caches: the caller keeps those alive and unmoved as long as it uses the description.
 #include <torch/csrc/stable/library.h>
 
+#include <chrono>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <vector>
@@ -189,75 +191,136 @@ void check_whole(const char* op, const Description& d) {
 }
 
 // A step of one token a row: embedding, layers, head, likeliest token, which becomes the row's next.
+// Steps of one token a row, all rows together, and the likeliest next token of each written behind it.
+class GreedyRun {
+ public:
+  GreedyRun(const char* op, Description& d, View& tokens, View& tables, View& rows, View& positions)
+      : op_(op), d_(d), s_(d.stack), kernels_(table(op)), count_(rows.rank(1).sizes[0]), width_(tokens.rank(2).sizes[1]),
+        max_blocks_(tables.rank(2).sizes[1]) {
+    tokens.typed(aoti_torch_dtype_int32(), "int32").dense_from(0);
+    tables.size(0, tokens.sizes[0]).typed(aoti_torch_dtype_int32(), "int32").dense_from(0);
+    for (View* v : {&rows, &positions})
+      v->rank(1).size(0, count_).typed(aoti_torch_dtype_int64(), "int64").dense_from(0);
+    rows_ = static_cast<const int64_t*>(rows.data);
+    tokens_ = static_cast<int32_t*>(tokens.data);
+    tables_ = static_cast<const int32_t*>(tables.data);
+    const int64_t* const first = static_cast<const int64_t*>(positions.data);
+    positions_.assign(first, first + count_);
+    for (int64_t i = 0; i < count_; i++)
+      if (rows_[i] < 0 || rows_[i] >= tokens.sizes[0]) refuse(op_, "there is no row ", rows_[i]);
+    starts_.resize(static_cast<size_t>(count_ + 1));
+    for (int64_t i = 0; i <= count_; i++) starts_[static_cast<size_t>(i)] = static_cast<int32_t>(i);
+    lengths_.resize(static_cast<size_t>(count_));
+    ids_.resize(static_cast<size_t>(count_));
+    places_.resize(static_cast<size_t>(count_));
+  }
+
+  int64_t count() const { return count_; }
+
+  // Refuses rows that a run of this many steps would leave.
+  void check_steps(int64_t steps) {
+    int64_t longest = 0;
+    for (const int64_t position : positions_) {
+      if (position < 0 || position + steps >= width_ || (position + steps - 1) / s_.block_size >= max_blocks_)
+        refuse(op_, "position ", position, " is outside the row");
+      if (position >= longest) longest = position + 1;
+    }
+    used_ = (longest + steps - 1 + s_.block_size - 1) / s_.block_size;
+    table_rows_.resize(static_cast<size_t>(count_ * used_));
+    for (int64_t i = 0; i < count_; i++)
+      std::memcpy(&table_rows_[static_cast<size_t>(i * used_)], tables_ + rows_[i] * max_blocks_,
+                  static_cast<size_t>(used_) * sizeof(int32_t));
+  }
+
+  // One step; drawn [rows], logprobs [rows].
+  void step(float* x, float* out, float* logits, int64_t* drawn, float* logprobs) {
+    for (int64_t i = 0; i < count_; i++) {
+      const auto at = static_cast<size_t>(i);
+      const int64_t position = positions_[at];
+      lengths_[at] = static_cast<int32_t>(position + 1);
+      ids_[at] = tokens_[rows_[i] * width_ + position];
+      places_[at] = table_rows_[static_cast<size_t>(i * used_ + position / s_.block_size)] * s_.block_size +
+                    position % s_.block_size;
+    }
+    check(op_, kernels_.packed_rows({s_.embedding, ids_.data(), x, count_}, threads()));
+    if (s_.embedding_factor != 1.0f)
+      for (int64_t i = 0; i < count_ * s_.hidden; i++) x[i] *= s_.embedding_factor;
+    aserve::DecoderArgs a = {};
+    a.stack = &s_;
+    a.layers = d_.layers;
+    a.x = x;
+    a.out = out;
+    a.positions = positions_.data();
+    a.slots = places_.data();
+    a.query_start = starts_.data();
+    a.seq_lens = lengths_.data();
+    a.block_tables = table_rows_.data();
+    a.tokens = a.rows = count_;
+    a.max_blocks = a.table_stride = used_;
+    check(op_, kernels_.decoder(a, threads().count));
+    const aserve::DType f32 = aserve::DType::f32;
+    check(op_, kernels_.packed_linear({s_.head, out, {count_, count_, s_.hidden, 0}, logits, f32, f32}, threads()));
+    kernels_.greedy_logprob({logits, drawn, logprobs, count_, s_.head.rows, s_.head.rows, f32}, threads());
+    for (int64_t i = 0; i < count_; i++)
+      tokens_[rows_[i] * width_ + ++positions_[static_cast<size_t>(i)]] = static_cast<int32_t>(drawn[i]);
+  }
+
+ private:
+  const char* op_;
+  Description& d_;
+  const DecoderStack& s_;
+  const aserve::Kernels& kernels_;
+  int64_t count_, width_, max_blocks_, used_ = 0;
+  const int64_t* rows_;
+  int32_t* tokens_;
+  const int32_t* tables_;
+  std::vector<int32_t> starts_, lengths_, table_rows_;
+  std::vector<int64_t> positions_, ids_, places_;
+};
+
+// made [1]: how many steps were made, fewer than the rows of token_ids once a row drew the token that ends it or
+// has no likeliest one, the time is up, or halt has reached number.
 void decoder_greedy(const Tensor& description_, const Tensor& tokens_, const Tensor& block_tables_,
-                    const Tensor& rows_, const Tensor& positions_, const Tensor& hidden_, const Tensor& out_,
-                    const Tensor& logits_, const Tensor& token_ids_, const Tensor& logprobs_) {
+                    const Tensor& rows_, const Tensor& positions_, const Tensor& ends_, const Tensor& halt_,
+                    int64_t number, double seconds, const Tensor& hidden_, const Tensor& out_, const Tensor& logits_,
+                    const Tensor& token_ids_, const Tensor& logprobs_, const Tensor& made_) {
   const char* op = "decoder_greedy";
   Description& d = described(op, description_);
   const DecoderStack& s = d.stack;
   check_whole(op, d);
   if (s.embedding.data == nullptr) refuse(op, "embedding and head are not described");
-  const View tokens(op, "tokens", tokens_), tables(op, "block_tables", block_tables_), rows(op, "rows", rows_),
-      positions(op, "positions", positions_), hidden(op, "hidden", hidden_), out(op, "out", out_),
-      logits(op, "logits", logits_), token_ids(op, "token_ids", token_ids_), logprobs(op, "logprobs", logprobs_);
-  const int64_t count = rows.rank(1).sizes[0];
-  tokens.rank(2).typed(aoti_torch_dtype_int32(), "int32").dense_from(0);
-  tables.rank(2).size(0, tokens.sizes[0]).typed(aoti_torch_dtype_int32(), "int32").dense_from(0);
-  for (const View* v : {&rows, &positions, &token_ids})
-    v->rank(1).size(0, count).typed(aoti_torch_dtype_int64(), "int64").dense_from(0);
+  View tokens(op, "tokens", tokens_), tables(op, "block_tables", block_tables_), rows(op, "rows", rows_),
+      positions(op, "positions", positions_), ends(op, "ends", ends_), halt(op, "halt", halt_),
+      hidden(op, "hidden", hidden_), out(op, "out", out_), logits(op, "logits", logits_),
+      token_ids(op, "token_ids", token_ids_), logprobs(op, "logprobs", logprobs_), made(op, "made", made_);
+  GreedyRun run(op, d, tokens, tables, rows, positions);
+  const int64_t count = run.count(), steps = token_ids.rank(2).sizes[0];
+  const int32_t int64 = aoti_torch_dtype_int64();
+  token_ids.size(1, count).typed(int64, "int64").dense_from(0);
+  ends.rank(1).size(0, count).typed(int64, "int64").dense_from(0);
+  for (const View* v : {&halt, &made}) v->rank(1).size(0, 1).typed(int64, "int64");
   for (const View* v : {&hidden, &out})
     v->rank(2).size(0, count).size(1, s.hidden).typed(aoti_torch_dtype_float32(), "float32").dense_from(0);
   logits.rank(2).size(0, count).size(1, s.head.rows).typed(aoti_torch_dtype_float32(), "float32").dense_from(0);
-  logprobs.rank(1).size(0, count).typed(aoti_torch_dtype_float32(), "float32").dense_from(0);
+  logprobs.rank(2).size(0, steps).size(1, count).typed(aoti_torch_dtype_float32(), "float32").dense_from(0);
+  int64_t& done = *static_cast<int64_t*>(made.data);
+  done = 0;
   if (count == 0) return;
-  const int64_t width = tokens.sizes[1], max_blocks = tables.sizes[1];
-  const int64_t* const row = static_cast<const int64_t*>(rows.data);
-  const int64_t* const position = static_cast<const int64_t*>(positions.data);
-  int32_t* const token = static_cast<int32_t*>(tokens.data);
-  int64_t longest = 0;
-  for (int64_t i = 0; i < count; i++) {
-    if (row[i] < 0 || row[i] >= tokens.sizes[0]) refuse(op, "there is no row ", row[i]);
-    if (position[i] < 0 || position[i] + 1 >= width || position[i] / s.block_size >= max_blocks)
-      refuse(op, "position ", position[i], " is outside the row");
-    if (position[i] >= longest) longest = position[i] + 1;
-  }
-  const int64_t used = (longest + s.block_size - 1) / s.block_size;
-  std::vector<int32_t> starts(static_cast<size_t>(count + 1)), lengths(static_cast<size_t>(count)),
-      table_rows(static_cast<size_t>(count * used));
-  std::vector<int64_t> ids(static_cast<size_t>(count)), places(static_cast<size_t>(count));
-  for (int64_t i = 0; i < count; i++) {
-    const auto at = static_cast<size_t>(i);
-    const int32_t* const table = static_cast<const int32_t*>(tables.data) + row[i] * max_blocks;
-    starts[at + 1] = static_cast<int32_t>(i + 1);
-    lengths[at] = static_cast<int32_t>(position[i] + 1);
-    std::memcpy(&table_rows[static_cast<size_t>(i * used)], table, static_cast<size_t>(used) * sizeof(int32_t));
-    ids[at] = token[row[i] * width + position[i]];
-    places[at] = table[position[i] / s.block_size] * s.block_size + position[i] % s.block_size;
-  }
-  const aserve::Kernels& kernels = table(op);
-  float* const x = static_cast<float*>(hidden.data);
-  check(op, kernels.packed_rows({s.embedding, ids.data(), x, count}, threads()));
-  if (s.embedding_factor != 1.0f)
-    for (int64_t i = 0; i < count * s.hidden; i++) x[i] *= s.embedding_factor;
-  aserve::DecoderArgs a = {};
-  a.stack = &s;
-  a.layers = d.layers;
-  a.x = x;
-  a.out = static_cast<float*>(out.data);
-  a.positions = position;
-  a.slots = places.data();
-  a.query_start = starts.data();
-  a.seq_lens = lengths.data();
-  a.block_tables = table_rows.data();
-  a.tokens = a.rows = count;
-  a.max_blocks = a.table_stride = used;
-  check(op, kernels.decoder(a, threads().count));
-  const aserve::DType f32 = aserve::DType::f32;
-  check(op, kernels.packed_linear({s.head, out.data, {count, count, s.hidden, 0}, logits.data, f32, f32}, threads()));
+  run.check_steps(steps);
   int64_t* const drawn = static_cast<int64_t*>(token_ids.data);
-  kernels.greedy_logprob(
-      {logits.data, drawn, static_cast<float*>(logprobs.data), count, s.head.rows, s.head.rows, f32}, threads());
-  for (int64_t i = 0; i < count; i++) token[row[i] * width + position[i] + 1] = static_cast<int32_t>(drawn[i]);
+  float* const logprob = static_cast<float*>(logprobs.data);
+  const int64_t* const end = static_cast<const int64_t*>(ends.data);
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point start = Clock::now();
+  for (bool stop = steps == 0; !stop;) {
+    const int64_t at = done++ * count;
+    run.step(static_cast<float*>(hidden.data), static_cast<float*>(out.data), static_cast<float*>(logits.data),
+             drawn + at, logprob + at);
+    stop = done == steps || __atomic_load_n(static_cast<const int64_t*>(halt.data), __ATOMIC_RELAXED) >= number;
+    for (int64_t i = 0; i < count && !stop; i++) stop = drawn[at + i] == end[i] || !std::isfinite(logprob[at + i]);
+    const double spent = std::chrono::duration<double>(Clock::now() - start).count();
+    stop = stop || spent + spent / static_cast<double>(done) > seconds;
+  }
 }
 
 void decoder_forward(const Tensor& description_, const Tensor& hidden_, const Tensor& positions_,
@@ -313,8 +376,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aserve, m) {
       "int head_format, int vocabulary) -> ()");
   m.def(
       "decoder_greedy(Tensor(a!) description, Tensor(b!) tokens, Tensor block_tables, Tensor rows, "
-      "Tensor positions, Tensor(c!) hidden, Tensor(d!) out, Tensor(e!) logits, Tensor(f!) token_ids, "
-      "Tensor(g!) logprobs) -> ()");
+      "Tensor positions, Tensor ends, Tensor halt, int number, float seconds, Tensor(c!) hidden, "
+      "Tensor(d!) out, Tensor(e!) logits, Tensor(f!) token_ids, Tensor(g!) logprobs, Tensor(h!) made) -> ()");
   m.def(
       "decoder_forward(Tensor(a!) description, Tensor hidden, Tensor positions, Tensor query_start, "
       "Tensor seq_lens, Tensor block_tables, Tensor slot_mapping, Tensor(b!) out) -> ()");

@@ -27,7 +27,8 @@ class SchedulerConfig:
     last prompt's latency to wait before the next prompt. num_lookahead_slots: KV slots kept ahead of
     each sequence. overlap: steps launched before the previous one's results are read. preemption_mode:
     "recompute", "swap", or None to swap requests with several sequences alone. max_waiting_requests,
-    max_waiting_tokens: length of the queue, None for any.
+    max_waiting_tokens: length of the queue, None for any. num_scheduler_steps: most greedy decode steps done
+    for one decision, None for what suits the device.
     """
 
     max_num_batched_tokens: int
@@ -40,6 +41,7 @@ class SchedulerConfig:
     preemption_mode: str | None = None
     max_waiting_requests: int | None = None
     max_waiting_tokens: int | None = None
+    num_scheduler_steps: int | None = None
 
 
 def resolve_scheduler_config(args: EngineArgs, model: ModelConfig) -> SchedulerConfig:
@@ -62,7 +64,7 @@ def resolve_scheduler_config(args: EngineArgs, model: ModelConfig) -> SchedulerC
         )
     if args.preemption_mode == "swap" and not args.swap_space:
         raise ConfigError("preemption_mode swap needs swap_space above 0", param="preemption_mode")
-    for name in ("max_waiting_requests", "max_waiting_tokens"):
+    for name in ("max_waiting_requests", "max_waiting_tokens", "num_scheduler_steps"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}", param=name)
@@ -79,6 +81,7 @@ def resolve_scheduler_config(args: EngineArgs, model: ModelConfig) -> SchedulerC
         preemption_mode=args.preemption_mode,
         max_waiting_requests=args.max_waiting_requests,
         max_waiting_tokens=args.max_waiting_tokens,
+        num_scheduler_steps=args.num_scheduler_steps,
     )
 
 

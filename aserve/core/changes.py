@@ -26,12 +26,14 @@ class Commit:
 
     pooled: requests that ended with the vector of their prompt, float32 ``[H]``.
     prompt_tokens: tokens of prompts it took care of, those found in the prefix cache included.
+    steps: how many tokens each of its sequences got.
     """
 
     tokens: list[TokenUpdate] = field(default_factory=list)
     failed: list[tuple[SequenceGroup, str]] = field(default_factory=list)
     pooled: list[tuple[SequenceGroup, np.ndarray]] = field(default_factory=list)
     prompt_tokens: int = 0
+    steps: int = 1
 
 
 @dataclass(slots=True)

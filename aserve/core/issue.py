@@ -33,6 +33,23 @@ class PlanIssuer:
         """
         self._swap_outs.update((there, here) for here, there in pairs)
 
+    def extend(self, step: PlanBuilder, max_steps: int, seconds: float) -> None:
+        """Lets the rows of ``step``, all of one token, go on for up to ``max_steps`` if there is room for
+        that, and nothing to be done between one and the next."""
+        if self._blocks.lookahead:
+            return
+        for seq, start, _ in step.decodes:
+            if not seq.group.repeats or seq.num_computed < seq.num_known:
+                return
+            max_steps = min(max_steps, seq.max_known - 1 - start)
+        rows = [(seq, start + max_steps) for seq, start, _ in step.decodes]
+        if max_steps < 2 or sum(self._blocks.missing(*row) for row in rows) > self._blocks.num_free:
+            return
+        for seq, end in rows:
+            step.add_growth(seq, self._blocks.grow(seq, end))
+            seq.num_computed = end
+        step.max_steps, step.seconds = max_steps, seconds
+
     def issue(self, step: PlanBuilder, now: float) -> StepPlan:
         """The plan; its sequences count as having drawn the tokens it asks for."""
         forks: list[Fork] = []
@@ -43,7 +60,7 @@ class PlanIssuer:
         for row, (seq, _, _) in enumerate(rows):
             if seq.num_computed < len(seq.token_ids) + seq.in_flight:
                 continue  # a chunk that leaves some of the prompt for later draws nothing
-            seq.in_flight += 1
+            seq.in_flight += step.max_steps
             samples.append((row, seq))
             if not seq.group.expanded:
                 for child in self._expand(seq):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from aserve.core.block_manager import Growth
@@ -33,6 +34,7 @@ class PlanBuilder:
     prompt_tokens: tokens of prompts that the rows compute.
     blocks_promised: blocks that sequences admitted in this step will need but have not taken yet.
     cached_tokens: prompt tokens found in the prefix cache by requests that start in this step.
+    max_steps, seconds: as in :class:`StepPlan`.
     """
 
     __slots__ = (
@@ -42,9 +44,11 @@ class PlanBuilder:
         "copies",
         "decodes",
         "grown",
+        "max_steps",
         "prefills",
         "prompt_tokens",
         "replaced",
+        "seconds",
         "swap_ins",
     )
 
@@ -59,6 +63,8 @@ class PlanBuilder:
         self.copies: list[tuple[int, int]] = []
         self.swap_ins: list[tuple[int, int]] = []
         self.cached_tokens = 0
+        self.max_steps = 1
+        self.seconds = math.inf
 
     def add_row(self, seq: Sequence, count: int, growth: Growth) -> None:
         self.budget -= count
@@ -66,6 +72,9 @@ class PlanBuilder:
         if count > 1 or start < seq.num_prompt_tokens:
             self.prompt_tokens += count
         (self.prefills if count > 1 else self.decodes).append((seq, start, count))
+        self.add_growth(seq, growth)
+
+    def add_growth(self, seq: Sequence, growth: Growth) -> None:
         if growth.taken:
             self.grown.append((seq, growth.taken))
         if growth.split is not None:
@@ -106,6 +115,8 @@ class PlanBuilder:
             swap_ins=self.swap_ins,
             block_copies=self.copies,
             num_prefill_rows=prefills,
+            max_steps=self.max_steps,
+            seconds=self.seconds,
             ticket=Ticket(
                 rows=[seq for seq, _, _ in rows],
                 samples=[seq for _, seq in samples],

@@ -8,6 +8,7 @@ decoding are the same case with different counts.
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 
 from aserve.core import audit
@@ -51,6 +52,8 @@ class Scheduler:
         self._capped: list[Sequence] = []
         self._deadlines = Deadlines()
         self._expired: list[SequenceGroup] = []
+        self.run_in_flight: int | None = None
+        """Id of the issued plan of several steps; nothing is decided before its result is known."""
 
     # ---------------------------------------------------------------- requests in and out
 
@@ -131,8 +134,14 @@ class Scheduler:
 
     # ---------------------------------------------------------------- the decision
 
-    def schedule(self, now: float = 0.0) -> StepPlan | None:
-        """Decides the next step; None when nothing can run before an issued plan is committed."""
+    def schedule(self, now: float = 0.0, max_steps: int = 1, seconds: float = math.inf) -> StepPlan | None:
+        """Decides the next step; None when nothing can run before an issued plan is committed.
+
+        max_steps, seconds: where all rows decode greedily, the plan may hold as many steps, see
+        :class:`StepPlan`.
+        """
+        if self.run_in_flight is not None:
+            return None
         if self._deadlines:
             for group in self._deadlines.due(now):
                 self.abort(group.request_id)
@@ -153,7 +162,12 @@ class Scheduler:
         if step.empty:
             # A sequence that was ended for its size has made room for others.
             return self.schedule(now) if len(self._capped) > num_capped else None
-        return self._issuer.issue(step, now)
+        if max_steps > 1 and not step.prefills:
+            self._issuer.extend(step, min(max_steps, self.limits.max_steps), seconds)
+        plan = self._issuer.issue(step, now)
+        if plan.max_steps > 1:
+            self.run_in_flight = plan.step_id
+        return plan
 
     def commit(self, plan: StepPlan, result: StepResult, now: float = 0.0) -> Commit:
         """Applies a finished step: appends tokens, ends sequences, frees what they held.
@@ -177,7 +191,16 @@ class Scheduler:
                 changes.pooled.append((seq.group, vector))
         failed = result.failed or {}
         details = result.details or {}
-        for index, seq in enumerate(ticket.samples):
+        samples = ticket.samples
+        if plan.max_steps > 1:
+            self.run_in_flight = None
+            changes.steps = result.steps
+            for seq in samples:
+                seq.in_flight -= plan.max_steps - result.steps
+                if seq.status < SequenceStatus.FINISHED_STOPPED:
+                    seq.num_computed -= plan.max_steps - result.steps
+            samples = samples * result.steps
+        for index, seq in enumerate(samples):
             seq.in_flight -= 1
             if seq.status >= SequenceStatus.FINISHED_STOPPED:
                 continue

@@ -190,6 +190,8 @@ class SequenceGroup:
     stop_ids: frozenset[int] = frozenset()
     max_known: int = 0
     width: int = 1
+    repeats: bool = False
+    """Whether nothing but the likeliest token is asked for, and nothing outside looks at each as it comes."""
     pooling: PoolingParams | None = None
 
     def __post_init__(self) -> None:
@@ -201,6 +203,7 @@ class SequenceGroup:
         self.max_known = room
         self.stop_ids = frozenset(params.stop_token_ids or ())
         self.expanded = self.width == 1
+        self.repeats = self.width == 1 and self.pooling is None and not params.stop and params.only_likeliest
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -27,7 +27,7 @@ from aserve.engine.input import InputProcessor
 from aserve.engine.output import OutputProcessor, Sink
 from aserve.engine.stats import EngineStats
 from aserve.engine.stream import Mailbox
-from aserve.errors import AserveError, QueueFullError, RequestTimeoutError
+from aserve.errors import AserveError, ConfigError, QueueFullError, RequestTimeoutError
 from aserve.executor.base import ExecutorBase
 from aserve.messages.inputs import (
     LoRARequest,
@@ -44,6 +44,9 @@ from aserve.messages.step import StepPlan, StepResult
 from aserve.tokenizer.loader import load_generation_eos, load_tokenizer
 
 logger = logging.getLogger(__name__)
+
+_RUN_SECONDS = 0.016
+"""Most time for the steps of one plan. Their tokens come at once; a display shows nothing more often."""
 
 _LONGEST_RETRY = 60.0
 """Most seconds a refused client is told to wait."""
@@ -127,8 +130,10 @@ class LLMEngine:
                 num_lookahead_slots=scheduler_config.num_lookahead_slots,
                 max_waiting_requests=scheduler_config.max_waiting_requests,
                 max_waiting_tokens=scheduler_config.max_waiting_tokens,
+                max_steps=self._max_steps(scheduler_config.num_scheduler_steps),
             )
         )
+        self._step_seconds = 0.0
         self.output = OutputProcessor(self.core, tokenizer, self.stats)
         self._ready_outputs: list[RequestOutput | EmbeddingRequestOutput] = []
         self._preemptions_told = 0
@@ -237,6 +242,8 @@ class LLMEngine:
         """Hands a request to the scheduler; ``sink`` is called with each of its outputs."""
         with self._counting_refusals():
             accepted = self.core.add(group)
+        if self.core.run_in_flight is not None:
+            self.executor.interrupt(self.core.run_in_flight)
         self.output.add(group, kind, sink, mailbox)
         if not accepted:
             self.output.end_without_tokens(group.seqs[0])
@@ -267,12 +274,32 @@ class LLMEngine:
 
     def schedule(self) -> StepPlan | None:
         """Decides the next step, and tells callers about requests that ended without one."""
-        plan = self.core.schedule(time.time())
+        plan = self.core.schedule(time.time(), self._steps_at_once(), _RUN_SECONDS)
         for group in self.core.take_expired():
             self._expire(group)
         for seq in self.core.take_capped():
             self.output.end_without_tokens(seq)
         return plan
+
+    def _max_steps(self, asked: int | None) -> int:
+        most = self.capacity.max_steps
+        if asked is not None and asked > most:
+            raise ConfigError(
+                f"num_scheduler_steps must be at most {most} with this model and device, got {asked}; "
+                "leave it out for what suits them",
+                param="num_scheduler_steps",
+            )
+        return most if asked is None else asked
+
+    def _steps_at_once(self) -> int:
+        """Steps that one plan may hold: as many as fit the time, going by the last ones.
+
+        While one such plan is computed nothing else is decided. Less would be gained by doing so where
+        a step takes long.
+        """
+        if not self._step_seconds:
+            return self.core.limits.max_steps
+        return max(1, min(self.core.limits.max_steps, int(_RUN_SECONDS / self._step_seconds)))
 
     def _expire(self, group: SequenceGroup) -> None:
         """Tells the caller of a request, and the books, that its time was up."""
@@ -287,6 +314,8 @@ class LLMEngine:
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Applies a finished step and hands its outputs out."""
         now = time.time()
+        if not plan.num_prefill_rows:
+            self._step_seconds = result.seconds / result.steps
         changes = self.core.commit(plan, result, now)
         self.output.process(changes, now)
         core = self.core

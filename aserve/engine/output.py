@@ -172,7 +172,7 @@ class OutputProcessor:
                     self._scheduler.finish(sibling, SequenceStatus.FINISHED_FAILED)
                 changes.failed.append((group, f"making its text failed ({type(error).__name__})"))
         for last, count in waited.items():
-            self._stats.on_output_token(now - last, count)
+            self._stats.on_output_token((now - last) / changes.steps, count * changes.steps)
         for group, reason in changes.failed:
             self._stats.on_failed("request")
             self.request_log.failed(group.request_id, cause=reason)

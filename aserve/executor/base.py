@@ -27,6 +27,12 @@ class ExecutorBase(ABC):
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         """Queues a plan. The future fails only if the executor as a whole has failed."""
 
+    def interrupt(self, step_id: int) -> None:  # noqa: B027 - most have nothing to do
+        """Asks plans up to that one to make no further steps than those begun; they may have ended.
+
+        Without effect on an executor that makes one step of every plan.
+        """
+
     @abstractmethod
     def check_health(self) -> None:
         """Raises EngineDeadError if plans can no longer be run."""

@@ -70,6 +70,10 @@ class UniExecutor(ExecutorBase):
         self._put(launch, future)
         return future
 
+    def interrupt(self, step_id: int) -> None:
+        if self._worker is not None:
+            self._worker.interrupt(step_id)
+
     def check_health(self) -> None:
         if self._closed or not all(thread.is_alive() for thread in self._threads):
             raise EngineDeadError("the executor is not running")

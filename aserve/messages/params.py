@@ -220,6 +220,20 @@ class SamplingParams:
             return SamplingType.GREEDY
         return SamplingType.RANDOM if self.seed is None else SamplingType.RANDOM_SEED
 
+    @property
+    def only_likeliest(self) -> bool:
+        """Whether a token is the one with the largest logit, and nothing is asked about the others."""
+        return (
+            self.sampling_type is SamplingType.GREEDY
+            and self.logprobs is None
+            and self.prompt_logprobs is None
+            and self.min_tokens == 0
+            and self.guided is None
+            and not self.logit_bias
+            and not self.logits_processors
+            and (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) == (1, 0, 0)
+        )
+
     def clone(self) -> SamplingParams:
         """A deep copy that shares the logits processors, which may hold state or refuse to be copied."""
         other = copy.copy(self)

@@ -10,6 +10,7 @@ names it in ``new`` (or as the destination of a fork) until the core gives it to
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +79,10 @@ class StepPlan:
     swap_outs: ``(block, swap block)``: contents to move to host memory; no swap block twice.
     swap_ins: ``(swap block, block)``: contents to move back.
     block_copies: ``(source, destination)`` block ids, copied before the forward pass.
+    max_steps: with more than one, forward pass and sampling may be done over again, each time for the tokens
+        just drawn: rows compute one token, every row is sampled, and blocks for all steps are there. None is
+        begun after a row drew its ``eos_token_id`` or failed, or when it could not be done within
+        ``seconds`` of the beginning.
     """
 
     step_id: int
@@ -93,6 +98,8 @@ class StepPlan:
     swap_ins: list[tuple[int, int]] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     num_prefill_rows: int = 0
+    max_steps: int = 1
+    seconds: float = math.inf
     ticket: Any = None
     """Private to the core; never read by an executor and not sent to other processes."""
 
@@ -113,7 +120,7 @@ class SampleLogprobs:
 
 @dataclass(slots=True)
 class StepResult:
-    """What one plan produced; lists are parallel to ``plan.samples``.
+    """What one plan produced; lists are parallel to ``plan.samples``, once over for each of its ``steps``.
 
     token_ids: the drawn tokens.
     logprobs: log-probability of each drawn token (float32 log-softmax after penalties, temperature
@@ -125,6 +132,8 @@ class StepResult:
         ``token_ids`` entry is meaningless.
     failed: index into ``samples`` -> reason, for rows that could not be sampled (NaN logits, a
         logits processor that raised). Their ``token_ids`` entry is meaningless.
+    steps: how many were made of the plan's ``max_steps``.
+    seconds: what the computation took.
     """
 
     step_id: int
@@ -134,6 +143,8 @@ class StepResult:
     prompt_logprobs: dict[int, list[SampleLogprobs]] | None = None
     failed: dict[int, str] | None = None
     pooled: dict[int, np.ndarray] | None = None
+    steps: int = 1
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +154,7 @@ class CacheCapacity:
     num_gpu_blocks: KV blocks on the computing device (also when that device is the CPU).
     num_cpu_blocks: blocks of swap space.
     num_slots: rows of persistent state.
+    max_steps: steps of one plan it can make of greedy decoding.
     phases: start-up phase -> seconds, for the start-up log line.
     description: facts about the chosen device, dtype and kernels, for the same line.
     """
@@ -150,5 +162,6 @@ class CacheCapacity:
     num_gpu_blocks: int
     num_cpu_blocks: int
     num_slots: int
+    max_steps: int = 1
     phases: dict[str, float] = field(default_factory=dict)
     description: dict[str, str] = field(default_factory=dict)

@@ -7,10 +7,12 @@ and before the MLP; and Gemma 3's, which also norms what each adds to the residu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from aserve.attention.base import AttentionMetadata, KVCache
@@ -62,6 +64,29 @@ class LayerSpec:
     activation: str = "silu"
 
 
+class GreedyRun:
+    """What up to ``steps`` greedy steps of ``count`` rows read and write; used again by the next such run.
+
+    rows, positions: int64 ``[count]``. ends: int64 ``[count]``, the token that ends a row, -1 for none.
+    token_ids: int64 ``[steps, count]``. logprobs: float32 ``[steps, count]``, of the drawn tokens; not finite
+    where the logits are not. logits: float32 ``[count, V]``, of the last step. made: int64 ``[1]``, how many
+    steps were made.
+    """
+
+    def __init__(self, hidden: torch.Tensor, logits: torch.Tensor, steps: int) -> None:
+        count = len(logits)
+        indices = torch.empty(3, count, dtype=torch.int64)
+        token_ids = torch.empty(steps, count, dtype=torch.int64)
+        self.logits, logprobs = logits, torch.empty(steps, count)
+        # A torch call on a few numbers costs several times one of numpy.
+        self.rows, self.positions, self.ends = (each.numpy() for each in indices)
+        self.token_ids, self.logprobs = token_ids.numpy(), logprobs.numpy()
+        self.inputs = tuple(indices)
+        made = torch.zeros(1, dtype=torch.int64)
+        self.made = made.numpy()
+        self.outputs = (*hidden, logits, token_ids, logprobs, made)
+
+
 class DecoderStack:
     """Layers ready to run: :meth:`forward`, by one thread at a time.
 
@@ -78,6 +103,10 @@ class DecoderStack:
         self._final_norm = final_norm
         self._caches: list[KVCache] = []
         self._ends: tuple[PackedWeight, PackedWeight] | None = None
+        self._runs: dict[tuple[int, int], GreedyRun] = {}
+        self._halt = torch.full((1,), -1, dtype=torch.int64)
+        self._halt_host = self._halt.numpy()
+        self._logits = self._hidden = torch.empty(0)
         self._description = torch.zeros(
             self._kernels.functions.aserve_decoder_bytes(len(layers)), dtype=torch.uint8
         )
@@ -169,38 +198,51 @@ class DecoderStack:
         self,
         tokens: torch.Tensor,
         block_tables: torch.Tensor,
-        rows: torch.Tensor,
-        positions: torch.Tensor,
+        rows: list[int],
+        positions: list[int],
         caches: list[KVCache],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A whole step of one token a row: computes the token at ``positions[i]`` of row ``rows[i]`` and
-        writes the likeliest next one behind it. What a step of several operations gives, bit for bit.
+        *,
+        ends: np.ndarray | None = None,
+        steps: int = 1,
+        seconds: float = math.inf,
+        number: int = 0,
+    ) -> tuple[GreedyRun, int]:
+        """Whole steps of one token a row: computes the token at ``positions[i]`` of row ``rows[i]`` and
+        writes the likeliest next one behind it, then goes on with that. What as many steps of several
+        operations give, bit for bit.
 
-        tokens: int32 ``[S, W]``; block_tables: int32 ``[S, max_blocks]``; rows, positions: int64 ``[B]``.
-        Returns the drawn tokens, int64 ``[B]``, their log-probabilities, float32 ``[B]``, not finite where
-        the logits are not, and the logits, float32 ``[B, V]``. RuntimeError: as :meth:`forward`.
+        tokens: int32 ``[S, W]``; block_tables: int32 ``[S, max_blocks]``. ends: as in :class:`GreedyRun`.
+        Returns the run and how many steps were made: at least one, and no more than ``steps``. None is begun
+        after one in which a row ended or has no likeliest token, nor when it could not be done within
+        ``seconds`` of the beginning, nor once :meth:`halt` was told ``number`` or more.
+        RuntimeError: as :meth:`forward`.
         """
         if self._ends is None:
             raise ConfigError("embedding and head have not been given")
         if not _same_tensors(caches, self._caches):
             self._describe_caches(caches)
-        count, head = rows.shape[0], self._ends[1]
-        scratch = torch.empty(2, count, head.columns)
-        logits = torch.empty(count, head.rows)
-        token_ids, logprobs = torch.empty(count, dtype=torch.int64), torch.empty(count)
+        run = self._runs.get((len(rows), steps)) or self._make_run(len(rows), steps, self._ends[1])
+        run.rows[:] = rows
+        run.positions[:] = positions
+        run.ends[:] = -1 if ends is None else ends
         self._kernels.decoder_greedy(
-            self._description,
-            tokens,
-            block_tables,
-            rows,
-            positions,
-            scratch[0],
-            scratch[1],
-            logits,
-            token_ids,
-            logprobs,
+            self._description, tokens, block_tables, *run.inputs, self._halt, number, seconds, *run.outputs
         )
-        return token_ids, logprobs, logits
+        return run, int(run.made[0])
+
+    def halt(self, number: int) -> None:
+        """Ends runs up to ``number`` after the step they are at. May be called by any thread."""
+        self._halt_host[0] = number
+
+    def _make_run(self, count: int, steps: int, head: PackedWeight) -> GreedyRun:
+        """Runs of all sizes share the memory of the largest."""
+        if count > len(self._logits):
+            self._runs.clear()
+            self._logits = torch.empty(count, head.rows)
+            self._hidden = torch.empty(2 * count, head.columns)
+        hidden = self._hidden[: 2 * count].view(2, count, head.columns)
+        run = self._runs[count, steps] = GreedyRun(hidden, self._logits[:count], steps)
+        return run
 
     def _describe(self, index: int, layer: LayerSpec) -> None:
         for which, name in enumerate(_WEIGHTS):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import inspect
 import logging
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -86,6 +87,8 @@ class SamplerState:
         self._min_tokens = np.zeros(num_slots, dtype=np.int64)
         self._num_output = np.zeros(num_slots, dtype=np.int64)
         self._seeds = np.zeros(num_slots, dtype=np.uint64)
+        self.ends = np.full(num_slots, -1, dtype=np.int64)
+        """The token after which each slot's sequence ends, -1 for none."""
 
     # ---------------------------------------------------------------- slots
 
@@ -139,6 +142,7 @@ class SamplerState:
         self._min_tokens[slot] = params.min_tokens
         self._num_output[slot] = len(output_token_ids)
         self._seeds[slot] = rng_seed & _MASK64
+        self.ends[slot] = -1 if params.ignore_eos or eos_token_id is None else eos_token_id
 
     def fork(self, slot: int, parent_slot: int, rng_seed: int) -> None:
         """Makes ``slot`` a copy of ``parent_slot``, outputs included, with draws of its own."""
@@ -155,6 +159,7 @@ class SamplerState:
             self._min_p,
             self._min_tokens,
             self._num_output,
+            self.ends,
         ):
             column[slot] = column[parent_slot]
         self._seeds[slot] = rng_seed & _MASK64
@@ -194,15 +199,21 @@ class SamplerState:
         return not self._needs[slots].any()
 
     def take_likeliest(
-        self, slots: list[int], token_ids: torch.Tensor, logprobs: torch.Tensor, logits: torch.Tensor
-    ) -> Sampled:
-        """What :meth:`sample` gives where the likeliest tokens ``[S]`` are known already.
+        self, slots: list[int], token_ids: list[int], logprobs: list[float], logits: torch.Tensor
+    ) -> dict[int, str]:
+        """What :meth:`sample` does once the likeliest tokens ``[S]`` and their log-probabilities are known,
+        of one step after the other.
 
-        logprobs: float32 ``[S]``; logits: ``[S, V]``, looked at where a log-probability is not finite.
+        logits: ``[S, V]``, of the last step, looked at for rows whose log-probability is not finite. Those
+        are returned with the reason, and their entries replaced.
         """
-        sampled = _checked(token_ids, logprobs, logits)
-        self._num_output[slots] += 1
-        return sampled
+        self._num_output[slots] += len(token_ids) // len(slots)
+        if all(map(math.isfinite, logprobs)):
+            return {}
+        first = len(token_ids) - len(slots)
+        sampled = _checked(torch.tensor(token_ids[first:]), torch.tensor(logprobs[first:]), logits)
+        token_ids[first:], logprobs[first:] = sampled.token_ids.tolist(), sampled.logprobs.tolist()
+        return {first + index: reason for index, reason in sampled.failed.items()}
 
     def _sample(
         self, logits: torch.Tensor, needs: np.ndarray, slots: list[int], index: np.ndarray

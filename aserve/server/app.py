@@ -13,8 +13,9 @@ from quart.json.provider import JSONProvider
 
 from aserve.errors import AserveError
 from aserve.server import errors, ops_api
+from aserve.server.anthropic import messages
 from aserve.server.connection import Connection, Exchanges
-from aserve.server.openai import chat, completions, embeddings, models, tokenization
+from aserve.server.openai import chat, completions, embeddings, models, responses, tokenization
 from aserve.server.security import Cors, HttpMiddleware, KeyGuard, load_middleware
 from aserve.server.service import Service, client_request_id, new_id
 from aserve.tokenizer.chat import resolve_chat_template
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BLUEPRINTS = (ops_api, models, completions, chat, embeddings, tokenization)
+BLUEPRINTS = (ops_api, models, completions, chat, responses, messages, embeddings, tokenization)
 
 
 class OrjsonProvider(JSONProvider):

@@ -63,12 +63,17 @@ def respond(error: AserveError) -> Response:
     return error_response(describe(error), headers)
 
 
+def failure_of(error: BaseException) -> AserveError:
+    """What a client may know of the failure of its stream; the log gets the rest."""
+    if isinstance(error, AserveError):
+        return error
+    logger.error("a stream failed", exc_info=error)
+    return INTERNAL
+
+
 def error_event(error: BaseException) -> bytes:
     """The event that ends a stream whose request failed after the response head was sent."""
-    if not isinstance(error, AserveError):
-        logger.error("a stream failed", exc_info=error)
-        error = INTERNAL
-    return sse.event({"error": describe(error)})
+    return sse.event({"error": describe(failure_of(error))})
 
 
 def _http_error(error: HTTPException) -> Any:
@@ -81,23 +86,23 @@ def _http_error(error: HTTPException) -> Any:
     return error_response(error_object(error.code, message, _TYPES.get(error.code, default)), headers)
 
 
-async def _on_aserve_error(error: AserveError) -> Any:
+async def on_aserve_error(error: AserveError) -> Any:
     if error.status == 500:
         logger.error("request failed: %s", error.message)
     return respond(error)
 
 
-async def _on_http_error(error: HTTPException) -> Any:
+async def on_http_error(error: HTTPException) -> Any:
     return _http_error(error)
 
 
-async def _on_exception(error: Exception) -> Any:
+async def on_exception(error: Exception) -> Any:
     logger.error("request failed", exc_info=error)
     return respond(INTERNAL)
 
 
 def register(app: Quart) -> None:
     """Gives every failure of a route or of routing its JSON body."""
-    app.register_error_handler(AserveError, _on_aserve_error)
-    app.register_error_handler(HTTPException, _on_http_error)
-    app.register_error_handler(Exception, _on_exception)
+    app.register_error_handler(AserveError, on_aserve_error)
+    app.register_error_handler(HTTPException, on_http_error)
+    app.register_error_handler(Exception, on_exception)

@@ -64,7 +64,10 @@ class KeyGuard:
         """A ``before_request`` hook. The decision rests on the view routing chose, not on the path."""
         if request.method == "OPTIONS" or not needs_key(current_app, request.endpoint):
             return
-        if not self.accepts(request.headers.getlist("Authorization")):
+        given = request.headers.getlist("Authorization")
+        if not given and request.blueprint == "messages":  # where the key has a header of its own
+            given = [f"Bearer {key}" for key in request.headers.getlist("X-Api-Key")]
+        if not self.accepts(given):
             raise AuthenticationError("a valid API key is needed: Authorization: Bearer <key>")
 
 

@@ -17,6 +17,9 @@ from aserve.sampling.sampler import Sampled, SamplerState
 from aserve.worker import kv_cache
 from aserve.worker.batch_state import BatchState, ModelInputs
 
+MAX_STEPS = 16
+"""Most steps of one plan."""
+
 _LOGITS_BYTES = 64 << 20
 """Most memory that the logits of prompt positions may take at once."""
 
@@ -84,6 +87,7 @@ class Worker:
             num_gpu_blocks=num_blocks,
             num_cpu_blocks=num_swap_blocks,
             num_slots=num_slots,
+            max_steps=MAX_STEPS if self.model.greedy_stack is not None else 1,
             phases=phases,
             description={
                 "device": str(self.device),
@@ -94,9 +98,15 @@ class Worker:
             },
         )
 
-    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Handle:
         """Runs a plan. On the CPU the returned step is complete."""
+        started = time.perf_counter()
+        result = self._run(plan)
+        result.seconds = time.perf_counter() - started
+        return _Done(result)
+
+    @torch.inference_mode()
+    def _run(self, plan: StepPlan) -> StepResult:
         self.batch.apply(plan)
         for new in plan.new:
             cut = new.num_prompt_tokens
@@ -117,26 +127,24 @@ class Worker:
         if plan.block_copies:
             ops.copy_blocks(self.caches, plan.block_copies)
         if self._is_greedy(plan):
-            return _Done(self._greedy_step(plan))
+            return self._greedy_steps(plan)
         inputs = self.batch.inputs(plan)
         hidden = self.model.forward(inputs.token_ids, inputs.positions, self.caches, inputs.attention)
         prompt_logprobs = None
         if self.batch.wants_prompt_logprobs:
             prompt_logprobs = self._prompt_logprobs(plan, inputs, hidden)
         if not plan.samples:
-            return _Done(StepResult(plan.step_id, [], [], prompt_logprobs=prompt_logprobs))
+            return StepResult(plan.step_id, [], [], prompt_logprobs=prompt_logprobs)
         if self.batch.pools(plan):
-            return _Done(self._pooling_step(plan, inputs, hidden, prompt_logprobs))
+            return self._pooling_step(plan, inputs, hidden, prompt_logprobs)
         sampled = self._sample(plan, inputs, hidden)
-        return _Done(
-            StepResult(
-                step_id=plan.step_id,
-                token_ids=sampled.token_ids.tolist(),
-                logprobs=sampled.logprobs.tolist(),
-                details=sampled.details or None,
-                prompt_logprobs=prompt_logprobs,
-                failed=sampled.failed or None,
-            )
+        return StepResult(
+            step_id=plan.step_id,
+            token_ids=sampled.token_ids.tolist(),
+            logprobs=sampled.logprobs.tolist(),
+            details=sampled.details or None,
+            prompt_logprobs=prompt_logprobs,
+            failed=sampled.failed or None,
         )
 
     def _is_greedy(self, plan: StepPlan) -> bool:
@@ -154,21 +162,29 @@ class Worker:
             and self.sampler.only_likeliest(plan.slots)
         )
 
-    def _greedy_step(self, plan: StepPlan) -> StepResult:
+    def _greedy_steps(self, plan: StepPlan) -> StepResult:
         stack = self.model.greedy_stack
         if stack is None:
             raise RuntimeError("this model has no native greedy step")
-        slots = torch.tensor(plan.slots)
-        token_ids, logprobs, logits = stack.greedy(
-            self.batch.tokens, self.batch.host_tables, slots, torch.tensor(plan.starts), self.caches
+        run, steps = stack.greedy(
+            self.batch.tokens,
+            self.batch.host_tables,
+            plan.slots,
+            plan.starts,
+            self.caches,
+            ends=self.sampler.ends[plan.slots] if plan.max_steps > 1 else None,
+            steps=plan.max_steps,
+            seconds=plan.seconds,
+            number=plan.step_id,
         )
-        drawn = self.sampler.take_likeliest(plan.slots, token_ids, logprobs, logits)
-        return StepResult(
-            step_id=plan.step_id,
-            token_ids=drawn.token_ids.tolist(),
-            logprobs=drawn.logprobs.tolist(),
-            failed=drawn.failed or None,
-        )
+        token_ids, logprobs = run.token_ids[:steps].ravel().tolist(), run.logprobs[:steps].ravel().tolist()
+        failed = self.sampler.take_likeliest(plan.slots, token_ids, logprobs, run.logits)
+        return StepResult(plan.step_id, token_ids, logprobs, failed=failed or None, steps=steps)
+
+    def interrupt(self, step_id: int) -> None:
+        """Ends plans up to that one after the step they are at. May be called by any thread."""
+        if self.model.greedy_stack is not None:
+            self.model.greedy_stack.halt(step_id)
 
     def _sample(self, plan: StepPlan, inputs: ModelInputs, hidden: torch.Tensor) -> Sampled:
         rows = [row for row, _ in plan.samples]

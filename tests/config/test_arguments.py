@@ -84,6 +84,7 @@ ENGINE: list[tuple[str, Any, Any]] = [
     ("ngram_prompt_lookup_min", MAYBE_INT, None),
     ("max_waiting_requests", MAYBE_INT, None),
     ("max_waiting_tokens", MAYBE_INT, None),
+    ("num_scheduler_steps", MAYBE_INT, None),
     ("overlap", INT, 1),
 ]
 ASYNC: list[tuple[str, Any, Any]] = [

@@ -101,6 +101,7 @@ ENGINE_FLAGS: list[tuple[str, list[str], Any]] = [
     ("ngram_prompt_lookup_min", ["2"], 2),
     ("max_waiting_requests", ["9"], 9),
     ("max_waiting_tokens", ["99"], 99),
+    ("num_scheduler_steps", ["4"], 4),
     ("overlap", ["0"], 0),
     ("engine_use_ray", [], True),
     ("disable_log_requests", [], True),

@@ -88,6 +88,7 @@ BAD_VALUES: list[tuple[str, dict[str, Any]]] = [
     ("preemption_mode", {"preemption_mode": "swap", "swap_space": 0}),
     ("max_waiting_requests", {"max_waiting_requests": 0}),
     ("max_waiting_tokens", {"max_waiting_tokens": 0}),
+    ("num_scheduler_steps", {"num_scheduler_steps": 0}),
     ("tokenizer_pool_size", {"tokenizer_pool_size": -1}),
     ("tokenizer_pool_type", {**POOL, "tokenizer_pool_type": "fork"}),
     ("tokenizer_pool_extra_config", {**POOL, "tokenizer_pool_extra_config": "3"}),

@@ -53,7 +53,7 @@ class Driver:
 
     def step(self, duration=1.0):
         """Schedules, and commits what is due; returns the plan's rows as [(request, count)]."""
-        plan = self.scheduler.schedule(self.now)
+        plan = self.scheduler.schedule(self.now, self.limits.max_steps)
         rows = None
         if plan is not None:
             self.plans.append(plan)

@@ -49,13 +49,14 @@ class MemoryWorker:
         self.tables: list[list[int]] = [[] for _ in range(num_slots)]
         self.seeds = [0] * num_slots
         self.prompt_logprobs: list[int | None] = [None] * num_slots
+        self.plans = 0
+        self.ends: list[int | None] = [None] * num_slots
         self.pooled = [False] * num_slots
-        self.steps = 0
 
     def run(self, plan: StepPlan) -> StepResult:
-        if plan.step_id != self.steps:
-            raise AssertionError(f"plan {plan.step_id} came as number {self.steps}")
-        self.steps += 1
+        if plan.step_id != self.plans:
+            raise AssertionError(f"plan {plan.step_id} came as number {self.plans}")
+        self.plans += 1
         for new in plan.new:
             self.tokens[new.slot] = list(new.token_ids)
             self.tables[new.slot] = list(new.block_ids)
@@ -63,6 +64,7 @@ class MemoryWorker:
             self.pooled[new.slot] = new.pooled
             wanted = new.want_prompt_logprobs and new.params.prompt_logprobs is not None
             self.prompt_logprobs[new.slot] = new.num_prompt_tokens if wanted else None
+            self.ends[new.slot] = None if new.params.ignore_eos else new.eos_token_id
         for fork in plan.forks:
             self.tokens[fork.slot] = self.tokens[fork.parent_slot][: fork.num_tokens]
             self.tables[fork.slot] = list(fork.block_ids)
@@ -81,13 +83,14 @@ class MemoryWorker:
             self.cells[here] = list(self.swapped[there])
         for source, destination in plan.block_copies:
             self.cells[destination] = list(self.cells[source])
-        # All rows write before any row reads, as in a forward pass.
-        for slot, start, count in zip(plan.slots, plan.starts, plan.counts, strict=True):
-            self._write(slot, start, count)
-        prefixes = [
-            self._read(slot, start, start + count)
-            for slot, start, count in zip(plan.slots, plan.starts, plan.counts, strict=True)
-        ]
+        # Any number up to the most is right.
+        most = 1 + mix64(plan.step_id) % plan.max_steps
+        drawn: list[int] = []
+        for steps in range(1, most + 1):
+            new, pooled = self._step(plan, steps - 1)
+            drawn += new
+            if any(token == self.ends[slot] for token, (_, slot) in zip(new, plan.samples, strict=True)):
+                break
         prompt_logprobs = {}
         for row, slot in enumerate(plan.slots):
             limit = self.prompt_logprobs[slot]
@@ -99,24 +102,38 @@ class MemoryWorker:
                         SampleLogprobs(-float(self.tokens[slot][i + 1]), i + 1, [], [])
                         for i in range(start, end)
                     ]
-        drawn = []
-        pooled = {}
-        for row, slot in plan.samples:
-            if self.pooled[slot]:
-                pooled[len(drawn)] = vector(prefixes[row])
-                drawn.append(0)
-                continue
-            token = draw(prefixes[row], self.seeds[slot])
-            self.tokens[slot] = [*self.tokens[slot][: plan.starts[row] + plan.counts[row]], token]
-            self._scribble(slot, plan.starts[row] + plan.counts[row])
-            drawn.append(token)
         return StepResult(
             plan.step_id,
             drawn,
             [-1.0] * len(drawn),
             prompt_logprobs=prompt_logprobs or None,
             pooled=pooled or None,
+            steps=steps,
         )
+
+    def _step(self, plan: StepPlan, done: int) -> tuple[list[int], dict[int, np.ndarray]]:
+        """One forward pass, ``done`` steps of the plan later, and what is drawn and pooled then."""
+        rows = [
+            (slot, start + done, count)
+            for slot, start, count in zip(plan.slots, plan.starts, plan.counts, strict=True)
+        ]
+        # All rows write before any row reads, as in a forward pass.
+        for slot, start, count in rows:
+            self._write(slot, start, count)
+        prefixes = [self._read(slot, start, start + count) for slot, start, count in rows]
+        drawn = []
+        pooled = {}
+        for row, slot in plan.samples:
+            _, start, count = rows[row]
+            if self.pooled[slot]:
+                pooled[len(drawn)] = vector(prefixes[row])
+                drawn.append(0)
+                continue
+            token = draw(prefixes[row], self.seeds[slot])
+            self.tokens[slot] = [*self.tokens[slot][: start + count], token]
+            self._scribble(slot, start + count)
+            drawn.append(token)
+        return drawn, pooled
 
     def _cell(self, slot: int, position: int) -> tuple[list[int | None], int]:
         index, offset = divmod(position, self.block_size)
@@ -158,7 +175,7 @@ def expected_vector(prompt: list[int]) -> np.ndarray:
     return vector(running)
 
 
-def expected_output(prompt: list[int], rng_seed: int, max_tokens: int, stop: set[int]) -> list[int]:
+def expected_output(prompt: list[int], rng_seed: int, max_tokens: int, stop: set[int | None]) -> list[int]:
     """What a sequence generates when nothing else exists."""
     running = 0
     for token in prompt:

@@ -40,6 +40,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         preemption=st.sampled_from([None, "swap", "recompute"]),
         lookahead=st.sampled_from([0, 0, 1, 5]),
         queue=st.sampled_from([(None, None), (None, None), (3, None), (None, 60)]),
+        max_steps=st.sampled_from([1, 2, 5]),
     )
     def start(
         self,
@@ -56,6 +57,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         preemption,
         lookahead,
         queue,
+        max_steps,
     ):
         num_blocks = -(-MAX_MODEL_LEN // block_size) + spare_blocks
         budget = max(budget, max_num_seqs) if chunked else max(budget, MAX_MODEL_LEN)
@@ -73,6 +75,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_lookahead_slots=lookahead,
             max_waiting_requests=queue[0],
             max_waiting_tokens=queue[1],
+            max_steps=max_steps,
         )
         self.scheduler = Scheduler(self.limits)
         self.worker = MemoryWorker(
@@ -99,6 +102,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 0, -1, 5]),
         timeout=st.sampled_from([None] * 8 + [0.0, 1.0]),
         salt=st.sampled_from([None, None, "a"]),
+        eos=st.sampled_from([None, None, STOP_TOKEN + 1]),
     )
     def add(
         self,
@@ -112,13 +116,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority,
         timeout,
         salt,
+        eos,
     ):
         if data.draw(st.booleans()):  # a prompt that begins like something seen before
             text = data.draw(st.sampled_from(self.texts))
             prompt = (text[: data.draw(st.integers(1, len(text)))] + prompt[:3])[:MAX_MODEL_LEN]
         params = SamplingParams(
             n=width,
-            temperature=1.0,
+            temperature=0.0 if width == 1 else 1.0,
             max_tokens=max_tokens,
             stop_token_ids=[] if ignore_stop else [STOP_TOKEN],
             prompt_logprobs=prompt_logprobs,
@@ -136,6 +141,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             priority=priority,
             deadline=None if timeout is None else self.now + timeout,
             cache_salt=salt,
+            eos_token_id=eos,
         )
         waiting = self.scheduler.waiting
         most = self.limits.max_waiting_requests
@@ -164,7 +170,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def schedule(self):
         self.now += 0.01
         before = set(map(id, self.scheduler.running))
-        plan = self.scheduler.schedule(self.now)
+        plan = self.scheduler.schedule(self.now, self.limits.max_steps)
         self.collect_ended()
         if plan is None:
             # With nothing in flight there is always something to do, or a request would hang.
@@ -182,8 +188,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     def commit(self):
         self.now += 0.01
         plan, result = self.issued.popleft()
-        for update in self.scheduler.commit(plan, result, self.now).tokens:
-            assert update.seq.token_ids[-1] == update.token_id
+        changes = self.scheduler.commit(plan, result, self.now)
+        assert changes.steps == result.steps
+        told: dict[int, list[int]] = {}
+        for update in changes.tokens:
+            told.setdefault(id(update.seq), []).append(update.token_id)
+        for update in changes.tokens:
+            new = told[id(update.seq)]
+            assert update.seq.token_ids[-len(new) :] == new
             if update.seq.finished:
                 self.texts.append(update.seq.token_ids)
                 self.check_finished(update.seq.group)
@@ -265,7 +277,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert room >= min(limits.num_lookahead_slots, seq.max_known - 1 - seq.num_computed)
             if limits.window is not None and count == 1:
                 held = sum(block != NULL_BLOCK for block in seq.blocks)
-                assert held <= -(-(limits.window + limits.num_lookahead_slots) // limits.block_size) + 1
+                ahead = limits.num_lookahead_slots + plan.max_steps - 1
+                assert held <= -(-(limits.window + ahead) // limits.block_size) + 1
 
     def check_index(self):
         """Every block that can be found holds the tokens it can be found by."""
@@ -290,9 +303,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         params = seq.group.params
         room = MAX_MODEL_LEN + 1 - seq.num_prompt_tokens
         limit = room if params.max_tokens is None else min(room, params.max_tokens)
-        expected = expected_output(
-            seq.group.prompt_token_ids, seq.rng_seed, limit, set(params.stop_token_ids or ())
-        )
+        ends = {*(params.stop_token_ids or ()), seq.group.eos_token_id}
+        expected = expected_output(seq.group.prompt_token_ids, seq.rng_seed, limit, ends)
         got = seq.output_token_ids
         assert got == expected[: len(got)]
         if seq.seq_id not in self.capped and seq.stop_reason != "stop":

@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    names = ("num_blocks", "num_swap_blocks", "step_time", "before_step")
+    names = ("num_blocks", "num_swap_blocks", "max_steps", "step_time", "before_step")
     fake = {name: options.pop(name) for name in names if name in options}
     return options, fake
 

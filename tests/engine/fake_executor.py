@@ -29,11 +29,14 @@ class FakeExecutor(ExecutorBase):
         *,
         num_blocks: int = 64,
         num_swap_blocks: int = 0,
+        max_steps: int = 1,
         step_time: float = 0.0,
         before_step: Callable[[StepPlan], StepResult | None] = lambda plan: None,
     ) -> None:
         super().__init__(config)
         self.num_blocks, self.num_swap_blocks = num_blocks, num_swap_blocks
+        self.max_steps = max_steps
+        self.interrupted: list[int] = []
         self.step_time = step_time
         self.before_step = before_step
         self.plans = 0
@@ -48,7 +51,12 @@ class FakeExecutor(ExecutorBase):
     def start(self) -> Future[CacheCapacity]:
         future: Future[CacheCapacity] = Future()
         future.set_result(
-            CacheCapacity(self.num_blocks, self.num_swap_blocks, self.config.scheduler.max_num_seqs)
+            CacheCapacity(
+                self.num_blocks,
+                self.num_swap_blocks,
+                self.config.scheduler.max_num_seqs,
+                max_steps=self.max_steps,
+            )
         )
         return future
 
@@ -56,6 +64,9 @@ class FakeExecutor(ExecutorBase):
         future: Future[StepResult] = Future()
         self._jobs.put((plan, future))
         return future
+
+    def interrupt(self, step_id: int) -> None:
+        self.interrupted.append(step_id)
 
     def check_health(self) -> None:
         if self.closed:

@@ -191,3 +191,45 @@ def test_swapped_requests_show_and_their_outputs_do_not(make_engine):
     got, most, preemptions = run(num_blocks=40, num_swap_blocks=200)
     assert got == expected
     assert none == 0 < most and preemptions > 0
+
+
+# ------------------------------------------------------------------ several steps at once
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+async def test_several_steps_give_the_same_outputs(make_async, overlap):
+    found = []
+    for steps in (1, 8):
+        engine = await make_async(max_steps=steps, overlap=overlap)
+        streams = [await engine.submit("hello" * n, params(temperature=0, max_tokens=30)) for n in (1, 2, 3)]
+        deltas = [[output.outputs[0] async for output in stream] for stream in streams]
+        found.append([[token for delta in each for token in delta.token_ids] for each in deltas])
+        assert [len(tokens) for tokens in found[-1]] == [30, 30, 30]
+        assert (engine.engine.executor.plans < 30) == (steps > 1)
+        assert series(engine, "vllm:generation_tokens_total") == 90
+        assert series(engine, "vllm:time_per_output_token_seconds_count") == 87
+    assert found[0] == found[1]
+
+
+async def test_a_new_request_interrupts(make_async):
+    engine = await make_async(max_steps=8, step_time=0.02)
+    executor = engine.engine.executor
+    first = await engine.submit("hello", params(temperature=0, max_tokens=40))
+    async with asyncio.timeout(10):
+        while engine.engine.core.run_in_flight is None:  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(0.001)
+    running = engine.engine.core.run_in_flight
+    assert executor.interrupted == []
+    second = await engine.submit("you", params(temperature=0))
+    assert executor.interrupted == [running]
+    for stream in (first, second):
+        async for _ in stream:
+            pass
+
+
+def test_steps_are_as_many_as_fit_the_time(make_engine):
+    engine = make_engine(max_steps=16)
+    assert engine._steps_at_once() == 16
+    for seconds, steps in ((0.0005, 16), (0.004, 4), (0.009, 1), (0.5, 1)):
+        engine._step_seconds = seconds
+        assert engine._steps_at_once() == steps

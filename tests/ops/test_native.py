@@ -240,7 +240,8 @@ def decoder_arguments() -> dict[str, tuple[Any, ...]]:
     library.decoder_ends(description, matrix, 0, 2.0, matrix, 0, 16)
     tokens, blocks = torch.zeros(2, 6, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int32)
     floats = (torch.zeros(1, 16), torch.zeros(1, 16), torch.zeros(1, 16))
-    one = (torch.tensor([1]), torch.tensor([2]), *floats, torch.tensor([0]), torch.zeros(1))
+    inputs = (torch.tensor([1]), torch.tensor([2]), torch.tensor([-1]), torch.tensor([-1]), 0, 1.0)
+    one = (*inputs, *floats, torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), torch.tensor([0]))
     return {
         "decoder_ends": (description, matrix, 0, 2.0, matrix, 0, 16),
         "decoder_greedy": (description, tokens, blocks, *one),
