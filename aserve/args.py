@@ -306,7 +306,7 @@ class EngineArgs:
         None,
         group=_GUIDED,
         default_text="2 with llguidance, else 20",
-        help="Seconds that compiling one schema, regex or grammar may take; a request that needs more is refused.",
+        help="Seconds that compiling one schema, regex or grammar may take; what takes longer is refused.",
     )
     guided_cache_size: int = arg(
         256, group=_GUIDED, help="MiB of memory for the compiled schemas, regexes and grammars that are kept."

@@ -31,14 +31,14 @@ class TooExpensiveError(GrammarError):
 class GuideSpec(NamedTuple):
     """A guide as it is compiled and cached; ``kind`` and ``text`` as in GuidedParams."""
 
+    backend: str
     kind: str
     text: str
     whitespace_pattern: str | None
-    backend: str
 
     @classmethod
     def of(cls, guided: GuidedParams, default_backend: str) -> GuideSpec:
-        return cls(guided.kind, guided.text, guided.whitespace_pattern, guided.backend or default_backend)
+        return cls(guided.backend or default_backend, guided.kind, guided.text, guided.whitespace_pattern)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +61,11 @@ class Vocabulary:
             if token:
                 found.setdefault(token, index)
         return found
+
+    @cached_property
+    def textless(self) -> frozenset[int]:
+        """Tokens that stand for no text."""
+        return frozenset(index for index, token in enumerate(self.tokens) if not token)
 
     @cached_property
     def longest(self) -> int:
@@ -107,6 +112,8 @@ class Grammar(ABC):
 
     size: int = 0
     """Bytes of memory it is counted with in the cache."""
+    textless: frozenset[int] = frozenset()
+    """Tokens that stand for no text. Set by the compiler."""
 
     @abstractmethod
     def matcher(self) -> Matcher:
@@ -137,6 +144,9 @@ class Backend(ABC):
             return None
         wanted = f"aserve[{cls.extra}]" if cls.extra else cls.package
         return f"needs the package {cls.package.replace('_', '-')}; pip install '{wanted}'"
+
+    def prepare(self) -> None:  # noqa: B027 - nothing to do for most
+        """Called once before ``check``, in the process that calls it: imports what takes long."""
 
     @abstractmethod
     def check(self, spec: GuideSpec) -> bytes:

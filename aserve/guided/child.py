@@ -1,9 +1,9 @@
 """The process that compiles guides: ``python -m aserve.guided.child``, spoken to over its standard streams.
 
 A message is its length, 8 bytes big-endian, and that many bytes. The first is a pickled
-:class:`~aserve.guided.base.Vocabulary`; each one after it is a JSON list, the fields of a GuideSpec.
-An answer is one byte, ``+`` before what ``Backend.check`` returned or ``-`` before a sentence for the
-caller. Ends when its input ends.
+:class:`~aserve.guided.base.Vocabulary`; each one after it is a JSON list: the fields of a GuideSpec, or, to
+get ready for a backend, its name and its ``module:attribute``. An answer is one byte, ``+`` before what
+``Backend.check`` returned or ``-`` before a sentence for the caller. Ends when its input ends.
 """
 
 from __future__ import annotations
@@ -39,12 +39,16 @@ def write_message(stream: BinaryIO, body: bytes) -> None:
 
 
 def answer(backends: dict[str, Backend], vocabulary: Vocabulary, request: bytes) -> bytes:
-    spec = GuideSpec(*json.loads(request))
+    fields = json.loads(request)
     try:
-        backend = backends.get(spec.backend)
-        if backend is None:
-            backend = backends[spec.backend] = registry.guided_backends.load(spec.backend)(vocabulary)
-        return b"+" + backend.check(spec)
+        if len(fields) > 2:
+            spec = GuideSpec(*fields)
+            return b"+" + backends[spec.backend].check(spec)
+        registry.guided_backends.register(*fields)
+        backend: Backend = registry.guided_backends.load(fields[0])(vocabulary)
+        backend.prepare()
+        backends[fields[0]] = backend
+        return b"+"
     except GrammarError as error:
         return b"-" + str(error).encode()
     except MemoryError:

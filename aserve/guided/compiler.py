@@ -83,6 +83,13 @@ class GrammarCompiler:
             self._thread.submit(self._work, spec, future)
         return future
 
+    def compile(self, guided: GuidedParams) -> Grammar:
+        """:meth:`start`, waited for. Raises InvalidRequestError, QueueFullError."""
+        try:
+            return self.start(guided).result()
+        except (GrammarError, InvalidRequestError) as error:
+            raise self.error(guided, error) from None
+
     @staticmethod
     def error(guided: GuidedParams, error: Exception) -> InvalidRequestError:
         """What the caller is told about a guide whose compilation failed."""
@@ -96,9 +103,11 @@ class GrammarCompiler:
             self._closed = True
             thread, process = self._thread, self._process
         if process is not None:
-            process.close()
+            process.stop()
         if thread is not None:
             thread.shutdown(wait=True)
+        if self._process is not None:
+            self._process.close()
 
     @property
     def cached_bytes(self) -> int:
@@ -132,20 +141,29 @@ class GrammarCompiler:
             future.set_exception(result)
 
     def _compile(self, spec: GuideSpec) -> Grammar:
-        if self._vocabulary is None:
-            self._vocabulary = self._read_vocabulary()
         kind: type[Backend] = registry.guided_backends.load(spec.backend)
         with self._lock:
             if self._process is None and not self._closed:
-                self._process = CompilerProcess(self._vocabulary)
+                self._process = CompilerProcess(self._get_vocabulary)
             process = self._process
         if process is None:
             raise TooExpensiveError("cannot be compiled: the engine has been closed")
-        payload = process.check(spec, self._config.compile_timeout or kind.timeout)
-        backend = self._backends.get(spec.backend)
-        if backend is None:
-            backend = self._backends[spec.backend] = kind(self._vocabulary)
-        return backend.load(spec, payload)
+
+        def backend() -> Backend:
+            found = self._backends.get(spec.backend)
+            if found is None:
+                found = self._backends[spec.backend] = kind(self._get_vocabulary())
+            return found
+
+        payload = process.check(spec, self._config.compile_timeout or kind.timeout, backend)
+        grammar = backend().load(spec, payload)
+        grammar.textless = self._get_vocabulary().textless
+        return grammar
+
+    def _get_vocabulary(self) -> Vocabulary:
+        if self._vocabulary is None:
+            self._vocabulary = self._read_vocabulary()
+        return self._vocabulary
 
     def _keep(self, spec: GuideSpec, result: Grammar | str) -> None:
         """Adds to the cache, and drops what was used longest ago. The lock is held."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from typing import Any
 
@@ -34,6 +35,12 @@ class LMFormatEnforcerBackend(Backend):
         self._texts: _Texts | None = None
         self._lock = threading.Lock()
 
+    def prepare(self) -> None:
+        # The package imports torch if it can, for something not used here: seconds, and 300 MB. This is
+        # the compiling process, which has no other use for it either.
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+        import lmformatenforcer  # noqa: F401
+
     def check(self, spec: GuideSpec) -> bytes:
         if spec.kind == "grammar":
             return self._for_grammars().check(spec)
@@ -48,9 +55,7 @@ class LMFormatEnforcerBackend(Backend):
         }
         # A character that no token is: spelled in pieces, which this backend cannot tell apart.
         usable = {column for symbol, column in symbols.items() if not symbol or self._spells(symbol)}
-        numbers = {
-            state: place for place, state in enumerate(sorted(_live(automaton, usable)), _DEAD + 1)
-        }
+        numbers = {state: place for place, state in enumerate(sorted(_live(automaton, usable)), _DEAD + 1)}
         if automaton.initial not in numbers:
             raise GrammarError(
                 "allows no output made of characters that this model has as tokens; "

@@ -24,6 +24,9 @@ class OutlinesBackend(Backend):
         self._grammars: LLGuidanceBackend | None = None
         self._words = -(-len(vocabulary.tokens) // 32)
 
+    def prepare(self) -> None:
+        import outlines_core  # noqa: F401
+
     def check(self, spec: GuideSpec) -> bytes:
         if spec.kind == "grammar":
             return self._for_grammars().check(spec)

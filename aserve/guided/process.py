@@ -9,24 +9,30 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from aserve import registry
 from aserve.guided.base import GrammarError, GuideSpec, TooExpensiveError, Vocabulary
 from aserve.guided.child import read_message, write_message
+
+_START_TIMEOUT = 60.0
+"""Seconds that the process may take to import a backend's package and read the vocabulary."""
 
 
 class CompilerProcess:
     """A process that compiles one guide at a time, started when first needed and again after it ended.
 
-    Belongs to one thread, but for :meth:`close`.
+    Belongs to one thread, but for :meth:`stop`. ``vocabulary`` is called whenever it has been started.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Callable[[], Vocabulary]) -> None:
         self._vocabulary = vocabulary
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._closed = False
+        self._ready: set[str] = set()
 
     @property
     def pid(self) -> int | None:
@@ -34,9 +40,20 @@ class CompilerProcess:
         process = self._process
         return None if process is None or process.poll() is not None else process.pid
 
-    def check(self, spec: GuideSpec, timeout: float) -> bytes:
+    def check(self, spec: GuideSpec, timeout: float, meanwhile: Callable[[], object]) -> bytes:
         """What the backend's ``check`` returns there. Raises GrammarError, also for a process that took
-        longer than ``timeout`` seconds (it is killed) or ended."""
+        longer than ``timeout`` seconds (it is killed) or ended.
+
+        meanwhile: called here while the process gets ready for a backend it has not used before.
+        """
+        self._running()
+        if spec.backend not in self._ready:
+            target = registry.guided_backends.target(spec.backend)
+            self._ask([spec.backend, target], _START_TIMEOUT, meanwhile)
+            self._ready.add(spec.backend)
+        return self._ask(spec, timeout, lambda: None)
+
+    def _ask(self, request: Sequence[str | None], timeout: float, meanwhile: Callable[[], object]) -> bytes:
         process = self._running()
         late = threading.Event()
 
@@ -51,7 +68,8 @@ class CompilerProcess:
             # Its end shows as a broken pipe or as the end of its output.
             with contextlib.suppress(OSError, ValueError):
                 source, sink = _pipes(process)
-                write_message(sink, json.dumps(spec).encode())
+                write_message(sink, json.dumps(request).encode())
+                meanwhile()
                 reply = read_message(source)
         finally:
             timer.cancel()
@@ -65,25 +83,37 @@ class CompilerProcess:
             raise GrammarError(reply[1:].decode())
         return reply[1:]
 
-    def close(self) -> None:
-        """Ends the process; a ``check`` that waits for it fails. May be called from any thread."""
+    def stop(self) -> None:
+        """Ends the process for good; a ``check`` that waits for it fails. May be called from any thread."""
         with self._lock:
             self._closed = True
             process = self._process
         if process is not None:
             process.kill()
-            process.wait()
+
+    def close(self) -> None:
+        """:meth:`stop`, and gives everything back, once the thread it belongs to has ended."""
+        self.stop()
+        if self._process is not None:
+            self._end(self._process)
 
     def _running(self) -> subprocess.Popen[bytes]:
         with self._lock:
             if self._closed:
                 raise GrammarError("cannot be compiled: the engine has been closed")
             process = self._process
-            if process is not None and process.poll() is None:
+        if process is not None:
+            if process.poll() is None:
                 return process
-            process = self._process = self._start()
+            self._end(process)
+        self._ready.clear()
+        process = self._start()
+        with self._lock:
+            self._process = process
+            if self._closed:  # meanwhile
+                process.kill()
         with contextlib.suppress(OSError):  # it ended at once: noticed when the first guide is sent
-            write_message(_pipes(process)[1], pickle.dumps(self._vocabulary))
+            write_message(_pipes(process)[1], pickle.dumps(self._vocabulary()))
         return process
 
     def _start(self) -> subprocess.Popen[bytes]:

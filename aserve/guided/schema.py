@@ -8,7 +8,6 @@ honoured is refused by name. The meaning of keywords is that of JSON Schema 2020
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from typing import Any
 
 from aserve.guided.base import GrammarError
@@ -36,10 +35,8 @@ _FORMATS = {
     "uuid": "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
 }
 
-_ANNOTATIONS = frozenset(
-    "title description default examples example deprecated readOnly writeOnly $schema $id $comment $defs "
-    "definitions".split()
-)
+_ANNOTATIONS = frozenset(("title", "description", "default", "examples", "example", "deprecated"))
+_ANNOTATIONS |= {"readOnly", "writeOnly", "$schema", "$id", "$comment", "$defs", "definitions"}
 _OF_TYPE: dict[str, frozenset[str]] = {
     "string": frozenset(("minLength", "maxLength", "pattern", "format")),
     "integer": frozenset(("minimum", "maximum")),
@@ -285,7 +282,7 @@ def _integer(schema: dict[str, Any]) -> str | None:
     whole = all(isinstance(each, int) and not isinstance(each, bool) for each in (low, high))
     if not whole or low is None or high is None or high - low >= MAX_RANGE:
         raise GrammarError(
-            f"uses minimum or maximum: this backend supports only whole ones, together, at most {MAX_RANGE} apart"
+            f"uses minimum or maximum: this backend supports whole ones, together, up to {MAX_RANGE} apart"
         )
     return _union([str(each) for each in range(low, high + 1)])
 
@@ -301,46 +298,45 @@ def _string(schema: dict[str, Any]) -> str | None:
         raise GrammarError("uses pattern or format beside another bound of a string: not supported")
     if "format" in schema:
         if inner[0] not in _FORMATS:
-            raise GrammarError(f"uses a format that this backend does not support; it has {', '.join(_FORMATS)}")
+            known = ", ".join(_FORMATS)
+            raise GrammarError(f"uses a format that this backend does not support; it has {known}")
         return f'"{_FORMATS[inner[0]]}"'
     if not isinstance(inner[0], str):
         raise GrammarError("must have a string at the keyword 'pattern'")
     return f'"({_inside_quotes(full_match(inner[0]))})"'
 
 
+_FORBIDDEN = r'"\\\x00-\x1F\x7F-\x9F'
 _CLASSES = {"d": "0-9", "w": "A-Za-z0-9_", "s": " "}
 
 
 def _inside_quotes(pattern: str) -> str:
     """The expression as far as it matches text that JSON writes without escapes."""
     refused = GrammarError("uses a pattern with anchors, look-around, quotes or escapes this backend lacks")
-    out, at, in_class = [], 0, False
-    for this, after in pairwise([*pattern, ""]):
-        at += 1
-        if out and out[-1] == "\\":
-            out.pop()
+    out: list[str] = []
+    in_class = escaped = False
+    for at, this in enumerate(pattern):
+        if escaped:
+            escaped = False
             if this in _CLASSES:
                 out.append(_CLASSES[this] if in_class else f"[{_CLASSES[this]}]")
             elif this.isalnum() or this in '"\\':
                 raise refused
             else:
-                out.append(f"\\{this} ".rstrip() if this != " " else this)
-        elif this in '"' or (this in "^$" and not in_class) or ord(this) < 32:
+                out.append(this if this == " " else f"\\{this}")
+        elif this == "\\":
+            escaped = True
+        elif this == '"' or ord(this) < 32:
             raise refused
-        elif this == "(" and after == "?" and not in_class and pattern[at : at + 2] != "?:":
+        elif in_class:
+            if this == "]":
+                in_class = False
+            out.append(f"^{_FORBIDDEN}" if this == "^" and pattern[at - 1] == "[" else this)
+        elif this in "^$" or (pattern.startswith("(?", at) and not pattern.startswith("(?:", at)):
             raise refused
-        elif this == "[" and not in_class:
-            in_class = True
-            out.append(this)
-        elif this == "^" and out[-1] == "[" and pattern[at - 2] == "[":
-            out.append('^"\\\\\\x00-\\x1F\\x7F-\\x9F')
-        elif this == "]":
-            in_class = False
-            out.append(this)
-        elif this == "." and not in_class:
-            out.append('[^"\\\\\\x00-\\x1F\\x7F-\\x9F]')
         else:
-            out.append(this)
-    if out and out[-1] == "\\":
+            in_class = this == "["
+            out.append(f"[^{_FORBIDDEN}]" if this == "." else this)
+    if escaped or in_class:
         raise refused
     return "".join(out)

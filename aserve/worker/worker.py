@@ -117,6 +117,7 @@ class Worker:
                 new.token_ids[:cut],
                 new.token_ids[cut:],
                 new.eos_token_id,
+                new.grammar,
             )
         for fork in plan.forks:
             self.sampler.fork(fork.slot, fork.parent_slot, fork.rng_seed)

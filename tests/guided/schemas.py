@@ -81,7 +81,9 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "definitions": {"place": _object({"city": _TEXT, "code": {"enum": ["ZRH", "JFK", "NRT"]}})},
         **_object({"origin": {"$ref": "#/definitions/place"}, "target": {"$ref": "#/definitions/place"}}),
     },
-    "nullable": _object({"note": {"anyOf": [_TEXT, {"type": "null"}]}, "rank": {"type": ["integer", "null"]}}),
+    "nullable": _object(
+        {"note": {"anyOf": [_TEXT, {"type": "null"}]}, "rank": {"type": ["integer", "null"]}}
+    ),
     "sentiment": _object({"label": {"enum": ["good", "bad"]}, "score": {"type": "number"}}),
     "unicode": _object({"größe": _WHOLE, "城市": _TEXT}),
     "quotes": {"enum": ['a "quoted" word', "back\\slash", "line\nbreak", "tab\t", "é", 7, -1.5, True, None]},
@@ -106,14 +108,23 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "rating": _object({"stars": {"type": "integer", "minimum": 1, "maximum": 5}, "text": _TEXT}),
     "share": _object({"share": {"type": "number", "minimum": 0, "maximum": 1}}),
     "event": _object(
-        {"day": {"type": "string", "format": "date"}, "id": {"type": "string", "format": "uuid"}, "title": _TEXT}
+        {
+            "day": {"type": "string", "format": "date"},
+            "id": {"type": "string", "format": "uuid"},
+            "title": _TEXT,
+        }
     ),
     "geometry": {
         "anyOf": [
             _object(
                 {
                     "type": {"const": "Point"},
-                    "coordinates": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+                    "coordinates": {
+                        "type": "array",
+                        "items": {"type": "number"},
+                        "minItems": 2,
+                        "maxItems": 2,
+                    },
                 }
             ),
             _object({"type": {"const": "Circle"}, "radius": {"type": "number", "exclusiveMinimum": 0}}),
