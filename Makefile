@@ -4,18 +4,22 @@
 # make test-slow    the tests that take minutes
 # make fuzz     random histories of the scheduler for as long as EXAMPLES= says
 # make lint     ruff and mypy alone
+# make cuda     the CUDA kernels through nvcc for sm_80 and sm_90a; fails on registers spilled to memory
+# make kernels-full   the CUDA kernels' whole case list, run on the CPU
+# make kernels-asan   the same cases as `make test`, under AddressSanitizer and UndefinedBehaviorSanitizer
 # make load     Locust against a running server  (HOST=, PORT=, USERS=, TIME=)
 # make bench    aserve beside OpenVINO GenAI, llama.cpp and transformers, on an idle machine; figures, table
 #               and plot in build/bench  (ONLY=q4,offline for a piece, ROUNDS=, THREADS=, BUSY=warn)
 # make quality  how far packed weights move the next-token distribution, beside llama.cpp's on the same file
 # make guard    instructions of the kernels and of a step's Python against the figures committed
 # make readme   write the tables of arguments in the README anew
+# make policies latency beside a long prompt, of a shared prefix, and of a full queue, on an idle machine
 # make clean    remove .venv, .venv-bench and every cache
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup serve test test-slow fuzz lint load bench peers quality guard readme chromium clean
+.PHONY: setup serve test test-slow fuzz lint cuda kernels-full kernels-asan load bench policies peers quality guard readme chromium clean
 
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -106,6 +110,18 @@ test-slow: setup $(TEST_MODELS)
 fuzz: $(INSTALLED)
 	ASERVE_FUZZ_EXAMPLES=$(EXAMPLES) $(PY) -m pytest tests/core/test_scheduler_machine.py --timeout 0
 
+cuda:
+	$(PYTHON) cuda_ext/cuda/build.py cuda --check
+
+kernels-full: $(INSTALLED)
+	ASERVE_KERNEL_CASES=full $(PY) -m pytest tests/cuda --timeout 0
+
+# torch itself is not instrumented, so only what the kernels touch is watched.
+kernels-asan: $(INSTALLED)
+	$(PY) cuda_ext/cuda/build.py asan --with tests/cuda/faults.cu
+	ASERVE_EMULATION=asan LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0:halt_on_error=1 $(PY) -m pytest tests/cuda --timeout 0 -p no:faulthandler
+
 load: $(INSTALLED)
 	$(VENV)/bin/locust -f load_tests/locustfile.py --headless --host 'http://$(HOST):$(PORT)' -u $(USERS) -r $(USERS) -t $(TIME)
 
@@ -126,6 +142,9 @@ bench: setup $(TEST_MODELS) peers
 	$(PY) -m aserve.bench.compare --peers $(BENCH_VENV)/bin/python --only '$(ONLY)' --rounds $(ROUNDS) \
 	    --threads $(THREADS) --busy $(BUSY)
 	$(BENCH_VENV)/bin/python -m aserve.bench.plot build/bench
+
+policies: setup
+	$(PY) -m aserve.bench.policies
 
 quality: setup $(TEST_MODELS) peers
 	$(PY) -m aserve.bench.quality --peers $(BENCH_VENV)/bin/python --threads $(THREADS)

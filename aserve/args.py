@@ -43,6 +43,13 @@ __all__ = [
 
 ARGS_VARIABLE = "ASERVE_ARGS"
 
+SERVE_DEFAULTS: dict[str, Any] = {
+    "enable_chunked_prefill": None,
+    "enable_prefix_caching": None,
+    "max_decode_slowdown": 1.7,
+}
+"""What serving sets where nothing is said: None switches on what the model allows."""
+
 EMBEDDED_MODEL = "smollm2"
 HUB_MODEL = "facebook/opt-125m"
 
@@ -153,9 +160,10 @@ class EngineArgs:
         None, group=_PARALLEL, help="Load the weights in waves of this many workers, to spare host memory."
     )
     block_size: int = arg(16, group=_CACHE, choices=BLOCK_SIZES, help="Tokens per block of the KV cache.")
-    enable_prefix_caching: bool = arg(
+    enable_prefix_caching: bool | None = arg(
         False,
         group=_CACHE,
+        default_text="off; with aserve serve on, where it can be",
         help="Compute what prompts begin with in common once: full blocks, generated ones included, are "
         "found by their tokens for as long as there is room. Not with a sliding window in every layer.",
     )
@@ -292,8 +300,11 @@ class EngineArgs:
         group=_SCHEDULER,
         help="Wait this many times the last prompt's latency before scheduling the next prompt.",
     )
-    enable_chunked_prefill: bool = arg(
-        False, group=_SCHEDULER, help="Let a prompt be computed in pieces of --max-num-batched-tokens."
+    enable_chunked_prefill: bool | None = arg(
+        False,
+        group=_SCHEDULER,
+        default_text="off; with aserve serve and LLM on",
+        help="Let a prompt be computed in pieces, beside decodes, within --max-num-batched-tokens.",
     )
     guided_decoding_backend: str = arg(
         "llguidance",
@@ -342,6 +353,13 @@ class EngineArgs:
         help="Most greedy decode steps computed for one scheduling decision, up to 16 on a CPU. They end "
         "early when a request arrives or ends, and after 16 ms. Their tokens are streamed together.",
     )
+    max_decode_slowdown: float | None = arg(
+        None,
+        group=_SCHEDULER,
+        default_text="any time; with aserve serve 1.7",
+        help="With chunked prefill, keep the pieces so small that a step takes at most this many "
+        "times what its decodes alone take, or 10 ms.",
+    )
     overlap: int = arg(
         1,
         group=_SCHEDULER,
@@ -385,7 +403,9 @@ class AsyncEngineArgs(EngineArgs):
     )
     disable_log_requests: bool = arg(False, group=_ASYNC, help="Log no requests.")
     max_log_len: int | None = arg(
-        None, group=_ASYNC, help="Most prompt characters or token ids logged per request; unset: no limit."
+        None,
+        group=_ASYNC,
+        help="Most prompt characters and token ids logged per request; unset: nothing of what it says.",
     )
 
 
@@ -400,6 +420,7 @@ def parse_serve_args(argv: list[str], *, prog: str = "aserve serve") -> tuple[As
     parser.add_argument("model_positional", nargs="?", metavar="MODEL", help="the same as --model")
     add_flags(parser, ServerArgs)
     AsyncEngineArgs.add_cli_args(parser)
+    parser.set_defaults(**SERVE_DEFAULTS)
     namespace = parser.parse_args(argv)
     named = namespace.model_positional
     if named is not None:

@@ -78,6 +78,7 @@ class LLM:
     ) -> None:
         self._portal_context = None
         kwargs.setdefault("disable_log_stats", True)
+        kwargs.setdefault("enable_chunked_prefill", None)
         engine_args = EngineArgs(
             model=model,
             tokenizer=tokenizer,

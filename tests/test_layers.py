@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "messages": {"errors"},
     "packaged": {"errors"},
     "metrics": {"errors"},
+    "faults": set(),
     # 1: settings
     "gguf": BASE,
     "config": SETTINGS | {"gguf"},
@@ -55,6 +56,8 @@ ALLOWED: dict[str, set[str]] = {
     "bench": SETTINGS
     | {"gguf", "tokenizer", "ops", "model", "worker", "executor", "engine", "llm", "metrics", "server"},
     "simulate": SETTINGS | {"core", "bench"},
+    # serving a file
+    "batch": SETTINGS | {"engine", "server"},
     # 9: entry points
     "app": SETTINGS | {"server"},
     "__main__": {"server"},
@@ -66,7 +69,7 @@ ALLOWED_MODULES = {"server": {"aserve.tokenizer.chat", "aserve.__version__"}}
 
 ALLOWED_INSIDE_FUNCTIONS = {
     "executor": {"worker"},
-    "server": {"bench", "simulate"},
+    "server": {"bench", "simulate", "batch"},
     "simulate": {"engine"},
 }
 """The thread or process that runs a worker is the one that imports it; a command is imported when called."""

@@ -69,6 +69,9 @@ def resolve_cache_config(args: EngineArgs, model: ModelConfig) -> CacheConfig:
             "what leaves the window is not kept",
             param="enable_prefix_caching",
         )
+    caching = args.enable_prefix_caching
+    if caching is None:
+        caching = model.uniform_window is None
     _check_swap_space(args)
     _check_block_override(args, model)
     return CacheConfig(
@@ -77,7 +80,7 @@ def resolve_cache_config(args: EngineArgs, model: ModelConfig) -> CacheConfig:
         swap_space_bytes=args.swap_space * _GIB,
         cache_dtype=args.kv_cache_dtype,
         num_gpu_blocks_override=args.num_gpu_blocks_override,
-        enable_prefix_caching=args.enable_prefix_caching,
+        enable_prefix_caching=caching,
         quantization_param_path=args.quantization_param_path,
         cpu_kvcache_bytes=cpu_kvcache_bytes(),
     )

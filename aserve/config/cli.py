@@ -7,6 +7,7 @@ text all come from that field and its annotation:
 annotation         flag
 =================  ======================================================================
 ``bool``           ``--flag`` switches it on
+``bool | None``    the same; ``--no-flag`` switches it off, for where None is not off
 ``int``, ``float`` ``--flag 3``
 ``str``            ``--flag text``
 ``str | None``     the same; an empty value and ``None`` mean no value
@@ -88,7 +89,7 @@ class Declared:
 
     @property
     def is_switch(self) -> bool:
-        return self.hint is bool
+        return bool in _members(self.hint)
 
     def kind(self) -> Callable[[str], Any]:
         """The converter from the flag's text to the field's value."""
@@ -140,7 +141,8 @@ def _add_flag(group: argparse._ArgumentGroup, item: Declared) -> None:
     settings: dict[str, Any] = {"dest": item.name, "help": _help_text(item)}
     settings["default"] = None if item.default is dataclasses.MISSING else item.default
     if item.is_switch:
-        group.add_argument(*item.flags, action="store_true", **settings)
+        off = "store_true" if item.hint is bool else argparse.BooleanOptionalAction
+        group.add_argument(*item.flags, action=off, **settings)
         return
     settings["type"] = item.kind()
     for name in ("nargs", "action", "metavar"):
@@ -154,7 +156,7 @@ def _add_flag(group: argparse._ArgumentGroup, item: Declared) -> None:
 
 def _help_text(item: Declared) -> str:
     text = item.arg.help
-    if not item.is_switch and (item.default is not None or item.arg.default_text):
+    if (not item.is_switch or item.arg.default_text) and (item.default is not None or item.arg.default_text):
         text += f" (default: {default_text(item)})"
     return text.replace("%", "%%")
 

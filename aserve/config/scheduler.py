@@ -28,7 +28,8 @@ class SchedulerConfig:
     each sequence. overlap: steps launched before the previous one's results are read. preemption_mode:
     "recompute", "swap", or None to swap requests with several sequences alone. max_waiting_requests,
     max_waiting_tokens: length of the queue, None for any. num_scheduler_steps: most greedy decode steps done
-    for one decision, None for what suits the device.
+    for one decision, None for what suits the device. max_decode_slowdown: how many times as long as its
+    decodes a step with chunks of prompts may take, None for any.
     """
 
     max_num_batched_tokens: int
@@ -42,6 +43,7 @@ class SchedulerConfig:
     max_waiting_requests: int | None = None
     max_waiting_tokens: int | None = None
     num_scheduler_steps: int | None = None
+    max_decode_slowdown: float | None = None
 
 
 def resolve_scheduler_config(args: EngineArgs, model: ModelConfig) -> SchedulerConfig:
@@ -68,13 +70,16 @@ def resolve_scheduler_config(args: EngineArgs, model: ModelConfig) -> SchedulerC
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}", param=name)
+    slowdown = args.max_decode_slowdown
+    if slowdown is not None and not 1 < slowdown < math.inf:
+        raise ConfigError(f"max_decode_slowdown must be above 1, got {slowdown}", param="max_decode_slowdown")
     if args.overlap not in OVERLAPS:
         raise ConfigError(f"overlap must be 0 or 1, got {args.overlap}", param="overlap")
     return SchedulerConfig(
         max_num_batched_tokens=_resolve_token_budget(args, model.max_model_len),
         max_num_seqs=args.max_num_seqs,
         max_model_len=model.max_model_len,
-        enable_chunked_prefill=args.enable_chunked_prefill,
+        enable_chunked_prefill=chunks_prompts(args),
         delay_factor=args.scheduler_delay_factor,
         num_lookahead_slots=args.num_lookahead_slots,
         overlap=args.overlap,
@@ -82,17 +87,25 @@ def resolve_scheduler_config(args: EngineArgs, model: ModelConfig) -> SchedulerC
         max_waiting_requests=args.max_waiting_requests,
         max_waiting_tokens=args.max_waiting_tokens,
         num_scheduler_steps=args.num_scheduler_steps,
+        max_decode_slowdown=args.max_decode_slowdown,
     )
+
+
+def chunks_prompts(args: EngineArgs) -> bool:
+    """Whether prompts are computed in chunks; left open (None), they are."""
+    if args.enable_chunked_prefill is None:
+        return args.speculative_model is None
+    return args.enable_chunked_prefill
 
 
 def _resolve_token_budget(args: EngineArgs, max_model_len: int) -> int:
     tokens = args.max_num_batched_tokens
     if tokens is None:
-        if args.enable_chunked_prefill:
+        if chunks_prompts(args):
             tokens = max(_CHUNKED_TOKENS, args.max_num_seqs)
         else:
             tokens = max(max_model_len, _LEAST_DEFAULT_TOKENS, args.max_num_seqs)
-    if tokens < max_model_len and not args.enable_chunked_prefill:
+    if tokens < max_model_len and not chunks_prompts(args):
         raise ConfigError(
             f"max_num_batched_tokens ({tokens}) is less than max_model_len ({max_model_len}), so a long "
             "prompt would never fit a step; raise it, lower max_model_len or set enable_chunked_prefill",

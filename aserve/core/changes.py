@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from aserve.core.sequence import Sequence, SequenceGroup
 from aserve.messages.step import SampleLogprobs
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(slots=True)

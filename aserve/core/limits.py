@@ -21,7 +21,6 @@ class SchedulerLimits:
     preemption_mode: "recompute" or "swap"; None swaps requests with several sequences alone.
     num_lookahead_slots: slots reserved behind the next token of every sequence that draws one.
     max_waiting_requests, max_waiting_tokens: length of the queue, in requests and in prompt tokens.
-    max_steps: most decode steps that one plan may hold.
     """
 
     num_blocks: int
@@ -37,4 +36,3 @@ class SchedulerLimits:
     num_lookahead_slots: int = 0
     max_waiting_requests: int | None = None
     max_waiting_tokens: int | None = None
-    max_steps: int = 1

@@ -29,6 +29,7 @@ class Ticket:
 class PlanBuilder:
     """Collects rows under a token budget.
 
+    budget, prompt_budget: tokens that rows may still have, and those that rows of several may.
     prefills, decodes: rows of several tokens and of one; a plan has the former first, each in the order
         they were added in.
     prompt_tokens: tokens of prompts that the rows compute.
@@ -46,6 +47,7 @@ class PlanBuilder:
         "grown",
         "max_steps",
         "prefills",
+        "prompt_budget",
         "prompt_tokens",
         "replaced",
         "seconds",
@@ -54,6 +56,7 @@ class PlanBuilder:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
+        self.prompt_budget = math.inf
         self.blocks_promised = 0
         self.prefills: list[Row] = []
         self.decodes: list[Row] = []
@@ -68,6 +71,8 @@ class PlanBuilder:
 
     def add_row(self, seq: Sequence, count: int, growth: Growth) -> None:
         self.budget -= count
+        if count > 1:
+            self.prompt_budget -= count
         start = seq.num_computed
         if count > 1 or start < seq.num_prompt_tokens:
             self.prompt_tokens += count

@@ -122,6 +122,11 @@ class Scheduler:
     def num_unfinished(self) -> int:
         return len(self.groups)
 
+    @property
+    def num_steps(self) -> int:
+        """Steps issued so far."""
+        return self._issuer.num_issued
+
     def take_capped(self) -> list[Sequence]:
         """Sequences that ended since the last call because the whole cache is too small for them."""
         capped, self._capped = self._capped, []
@@ -134,11 +139,17 @@ class Scheduler:
 
     # ---------------------------------------------------------------- the decision
 
-    def schedule(self, now: float = 0.0, max_steps: int = 1, seconds: float = math.inf) -> StepPlan | None:
+    def schedule(
+        self,
+        now: float = 0.0,
+        max_steps: int = 1,
+        seconds: float = math.inf,
+        prompt_tokens: float = math.inf,
+    ) -> StepPlan | None:
         """Decides the next step; None when nothing can run before an issued plan is committed.
 
         max_steps, seconds: where all rows decode greedily, the plan may hold as many steps, see
-        :class:`StepPlan`.
+        :class:`StepPlan`. prompt_tokens: most tokens of prompts in the step, with chunked prefill.
         """
         if self.run_in_flight is not None:
             return None
@@ -149,6 +160,7 @@ class Scheduler:
         num_capped = len(self._capped)
         step = PlanBuilder(self.limits.max_num_batched_tokens)
         if self.limits.chunked_prefill:
+            step.prompt_budget = prompt_tokens
             if not self._run_running(step):
                 self._admit(step, now)
         else:
@@ -161,9 +173,11 @@ class Scheduler:
                 self._admit(step, now, prompts=False)
         if step.empty:
             # A sequence that was ended for its size has made room for others.
-            return self.schedule(now) if len(self._capped) > num_capped else None
+            if len(self._capped) > num_capped:
+                return self.schedule(now, max_steps, seconds, prompt_tokens)
+            return None
         if max_steps > 1 and not step.prefills:
-            self._issuer.extend(step, min(max_steps, self.limits.max_steps), seconds)
+            self._issuer.extend(step, max_steps, seconds)
         plan = self._issuer.issue(step, now)
         if plan.max_steps > 1:
             self.run_in_flight = plan.step_id
@@ -288,10 +302,13 @@ class Scheduler:
         )
 
     def _fits(self, seqs: list[Sequence], step: PlanBuilder) -> bool:
-        budget = step.budget
+        budget, prompt_budget = step.budget, step.prompt_budget
         needed = 0
         for seq in seqs:
             count = min(seq.num_known - seq.num_computed, budget)
+            if count > 1:
+                count = int(min(count, prompt_budget))
+                prompt_budget -= count
             budget -= count
             if count > 0:
                 needed += self.blocks.missing(seq, seq.num_computed + count)
@@ -334,7 +351,7 @@ class Scheduler:
 
         prompts, swapped: whether those that compute their prompt, or that were swapped out, may start.
         """
-        while step.budget > 0 and (group := self.waiting.head) is not None:
+        while step.budget > 0 and step.prompt_budget > 0 and (group := self.waiting.head) is not None:
             seqs = group.unfinished
             if any(seq.in_flight for seq in seqs):
                 return  # preempted a moment ago: its last token is still on the way
@@ -409,6 +426,8 @@ class Scheduler:
     def _try_row(self, step: PlanBuilder, seq: Sequence) -> None:
         """Adds the next tokens of ``seq`` to the step, as many as the token budget allows."""
         count = min(seq.num_known - seq.num_computed, step.budget)
+        if count > 1:
+            count = int(min(count, step.prompt_budget))
         end = seq.num_computed + count
         if count <= 0 or self.blocks.missing(seq, end) > self.blocks.num_free:
             return

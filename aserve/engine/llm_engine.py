@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 from aserve import registry
@@ -25,6 +27,7 @@ from aserve.core.scheduler import Scheduler, SchedulerLimits
 from aserve.core.sequence import SequenceGroup
 from aserve.engine.input import InputProcessor
 from aserve.engine.output import OutputProcessor, Sink
+from aserve.engine.pace import Pace
 from aserve.engine.stats import EngineStats
 from aserve.engine.stream import Mailbox
 from aserve.errors import AserveError, ConfigError, QueueFullError, RequestTimeoutError
@@ -47,6 +50,9 @@ logger = logging.getLogger(__name__)
 
 _RUN_SECONDS = 0.016
 """Most time for the steps of one plan. Their tokens come at once; a display shows nothing more often."""
+
+_UNWATCHED_SECONDS = 0.1
+"""The same where nobody sees a token before the last one."""
 
 _LONGEST_RETRY = 60.0
 """Most seconds a refused client is told to wait."""
@@ -130,16 +136,21 @@ class LLMEngine:
                 num_lookahead_slots=scheduler_config.num_lookahead_slots,
                 max_waiting_requests=scheduler_config.max_waiting_requests,
                 max_waiting_tokens=scheduler_config.max_waiting_tokens,
-                max_steps=self._max_steps(scheduler_config.num_scheduler_steps),
             )
         )
-        self._step_seconds = 0.0
+        self._max_steps = self._most_steps(scheduler_config.num_scheduler_steps)
+        self._pace = Pace(scheduler_config.max_decode_slowdown)
         self.output = OutputProcessor(self.core, tokenizer, self.stats)
         self._ready_outputs: list[RequestOutput | EmbeddingRequestOutput] = []
         self._preemptions_told = 0
         # Not a bound method: the statistics must not keep the engine, and its device memory, alive.
         stats, core = self.stats, self.core
-        stats.refresh = lambda: stats.set_load(**_load_of(core))
+
+        def refresh() -> None:
+            stats.set_load(**_load_of(core))
+            stats.set_ledger(asdict(core.ledger))
+
+        stats.refresh = refresh
         self.phases = {**self.capacity.phases, "tokenizer": tokenizer_seconds}
         self.phases["total"] = time.perf_counter() - started
         self._log_start()
@@ -244,9 +255,12 @@ class LLMEngine:
         """Hands a request to the scheduler; ``sink`` is called with each of its outputs."""
         with self._counting_refusals():
             accepted = self.core.add(group)
-        if self.core.run_in_flight is not None:
-            self.executor.interrupt(self.core.run_in_flight)
-        self.output.add(group, kind, sink, mailbox)
+        self._interrupt()
+        try:
+            self.output.add(group, kind, sink, mailbox)
+        except BaseException:
+            self.core.abort(group.request_id)  # or it would run with nobody to tell
+            raise
         if not accepted:
             self.output.end_without_tokens(group.seqs[0])
 
@@ -255,16 +269,19 @@ class LLMEngine:
         ids = [request_id] if isinstance(request_id, str) else list(request_id)
         for each in ids:
             self.output.drop(each)
-            if self.core.abort(each) is not None:
+            group = self.core.abort(each)
+            if group is not None:
+                self._interrupt()
                 self.stats.on_aborted(cause)
-                self.output.request_log.aborted(each, cause=cause)
+                self.output.log_end(f"aborted: {cause}", group)
 
     def fail_request(self, request_id: str, error: AserveError, cause: str) -> None:
         """Ends a request by an error that its caller sees."""
         self.output.fail(request_id, error)
-        if self.core.abort(request_id) is not None:
+        group = self.core.abort(request_id)
+        if group is not None:
             self.stats.on_aborted(cause)
-            self.output.request_log.aborted(request_id, cause=cause)
+            self.output.log_end(f"aborted: {cause}", group)
 
     def has_unfinished_requests(self) -> bool:
         return self.core.num_unfinished > 0
@@ -276,14 +293,16 @@ class LLMEngine:
 
     def schedule(self) -> StepPlan | None:
         """Decides the next step, and tells callers about requests that ended without one."""
-        plan = self.core.schedule(time.time(), self._steps_at_once(), _RUN_SECONDS)
+        plan = self.core.schedule(time.time(), *self._steps_at_once(), self._pace.prompt_tokens())
+        if plan is not None:
+            self._pace.issued(plan)
         for group in self.core.take_expired():
             self._expire(group)
         for seq in self.core.take_capped():
             self.output.end_without_tokens(seq)
         return plan
 
-    def _max_steps(self, asked: int | None) -> int:
+    def _most_steps(self, asked: int | None) -> int:
         most = self.capacity.max_steps
         if asked is not None and asked > most:
             raise ConfigError(
@@ -293,15 +312,25 @@ class LLMEngine:
             )
         return most if asked is None else asked
 
-    def _steps_at_once(self) -> int:
-        """Steps that one plan may hold: as many as fit the time, going by the last ones.
+    def _steps_at_once(self) -> tuple[int, float]:
+        """Steps that one plan may hold, and their time: as many as fit it, going by the last ones.
 
         While one such plan is computed nothing else is decided. Less would be gained by doing so where
         a step takes long.
         """
-        if not self._step_seconds:
-            return self.core.limits.max_steps
-        return max(1, min(self.core.limits.max_steps, int(_RUN_SECONDS / self._step_seconds)))
+        if self._max_steps == 1:
+            return 1, math.inf
+        watched = any(not state.whole for state in self.output.states.values())
+        most = _RUN_SECONDS if watched else _UNWATCHED_SECONDS
+        step = self._pace.step_seconds
+        if not step:
+            return self._max_steps, most
+        return max(1, min(self._max_steps, int(most / step))), most
+
+    def _interrupt(self) -> None:
+        """Has several steps in flight end early: there is something else to decide."""
+        if self.core.run_in_flight is not None:
+            self.executor.interrupt(self.core.run_in_flight)
 
     def _expire(self, group: SequenceGroup) -> None:
         """Tells the caller of a request, and the books, that its time was up."""
@@ -311,13 +340,12 @@ class LLMEngine:
             self.output.end_without_tokens(group.seqs[0])  # nobody to raise it at: finish_reason says it
         self.output.fail(group.request_id, error)
         self.stats.on_aborted("timeout")
-        self.output.request_log.aborted(group.request_id, cause="timeout")
+        self.output.log_end("aborted: timeout", group)
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Applies a finished step and hands its outputs out."""
         now = time.time()
-        if not plan.num_prefill_rows:
-            self._step_seconds = result.seconds / result.steps
+        self._pace.took(plan, result)
         changes = self.core.commit(plan, result, now)
         self.output.process(changes, now)
         core = self.core

@@ -357,11 +357,15 @@ class SamplerState:
                 reason = self._guided.broken(slots[i])
                 if reason is not None:
                     sampled.failed.setdefault(i, reason)
-            if needs[i] & _Needs.PENALTIES:
-                self._penalties.count(slots[i], tokens[i])
             row = self._rows[slots[i]]
             if row.processors:
                 row.output.append(tokens[i])
+            if needs[i] & _Needs.PENALTIES:
+                try:
+                    self._penalties.count(slots[i], tokens[i])
+                except Exception as error:  # the step is drawn: only this row can be taken back
+                    logger.error("a drawn token could not be counted", exc_info=error)
+                    sampled.failed.setdefault(i, f"counting its tokens failed ({type(error).__name__})")
 
 
 def _greedy(logits: torch.Tensor) -> Sampled:

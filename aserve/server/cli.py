@@ -16,10 +16,11 @@ from aserve.errors import ConfigError
 USAGE = """usage: aserve serve [MODEL] [flags]
        aserve bench {serve,throughput,latency,limits} [flags]
        aserve simulate [flags]
+       aserve run-batch -i FILE -o FILE [flags]
        aserve --version
 
-`serve` serves a model over the OpenAI API, `bench` measures, `simulate` predicts; `--help` after each lists
-the flags."""
+`serve` serves a model over the OpenAI API, `bench` measures, `simulate` predicts, `run-batch` answers a file
+of requests; `--help` after each lists the flags."""
 
 SECRETS = ("api_key",)
 
@@ -43,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         from aserve.simulate.cli import main as simulate
 
         return simulate(arguments[1:])
+    if arguments[0] == "run-batch":
+        from aserve.batch.cli import main as run_batch
+
+        return run_batch(arguments[1:])
     if arguments[0] != "serve":
         print(f"aserve: unknown command {arguments[0]!r}\n{USAGE}", file=sys.stderr)
         return 2

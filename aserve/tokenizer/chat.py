@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from aserve.errors import ConfigError, InvalidRequestError
+from aserve.errors import ConfigError, InvalidRequestError, without_private
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +74,7 @@ def render_chat(
             **variables,
         )
     except Exception as error:  # a template is a program: it can fail in any way, and only this request
-        reason = str(error) or type(error).__name__
+        reason = without_private(str(error)) or type(error).__name__
         raise InvalidRequestError(f"chat template: {reason}", param="messages") from error
     return str(prompt)
 

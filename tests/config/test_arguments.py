@@ -35,7 +35,7 @@ ENGINE: list[tuple[str, Any, Any]] = [
     ("tensor_parallel_size", INT, 1),
     ("max_parallel_loading_workers", MAYBE_INT, None),
     ("block_size", INT, 16),
-    ("enable_prefix_caching", bool, False),
+    ("enable_prefix_caching", bool | None, False),
     ("use_v2_block_manager", bool, False),
     ("swap_space", INT, 4),
     ("preemption_mode", MAYBE_STR, None),
@@ -74,7 +74,7 @@ ENGINE: list[tuple[str, Any, Any]] = [
     ("image_input_shape", MAYBE_STR, None),
     ("image_feature_size", MAYBE_INT, None),
     ("scheduler_delay_factor", float, 0.0),
-    ("enable_chunked_prefill", bool, False),
+    ("enable_chunked_prefill", bool | None, False),
     ("guided_decoding_backend", STR, "outlines"),
     ("speculative_model", MAYBE_STR, None),
     ("num_speculative_tokens", MAYBE_INT, None),
@@ -85,6 +85,7 @@ ENGINE: list[tuple[str, Any, Any]] = [
     ("max_waiting_requests", MAYBE_INT, None),
     ("max_waiting_tokens", MAYBE_INT, None),
     ("num_scheduler_steps", MAYBE_INT, None),
+    ("max_decode_slowdown", float | None, None),
     ("overlap", INT, 1),
 ]
 ASYNC: list[tuple[str, Any, Any]] = [
@@ -93,7 +94,9 @@ ASYNC: list[tuple[str, Any, Any]] = [
     ("max_log_len", MAYBE_INT, None),
 ]
 SERVER: dict[str, Any] = {
-    "host": None,
+    "host": "127.0.0.1",
+    "api_key_file": None,
+    "stall_timeout": 120.0,
     "port": 8000,
     "log_level": "info",
     "allow_credentials": False,
@@ -136,6 +139,8 @@ OTHER_SPELLINGS = {
     "-pp": "--pipeline-parallel-size",
     "-q": "--quantization",
     "--uvicorn-log-level": "--log-level",
+    "--no-enable-prefix-caching": "--enable-prefix-caching",
+    "--no-enable-chunked-prefill": "--enable-chunked-prefill",
 }
 
 

@@ -14,6 +14,7 @@ import pytest
 import aserve.args
 from aserve import packaged
 from aserve.args import (
+    SERVE_DEFAULTS,
     AsyncEngineArgs,
     EngineArgs,
     LoRAModule,
@@ -102,6 +103,7 @@ ENGINE_FLAGS: list[tuple[str, list[str], Any]] = [
     ("max_waiting_requests", ["9"], 9),
     ("max_waiting_tokens", ["99"], 99),
     ("num_scheduler_steps", ["4"], 4),
+    ("max_decode_slowdown", ["3.5"], 3.5),
     ("overlap", ["0"], 0),
     ("engine_use_ray", [], True),
     ("disable_log_requests", [], True),
@@ -123,6 +125,8 @@ SERVER_FLAGS: list[tuple[str, list[str], Any]] = [
     ("strict_fields", [], True),
     ("drain_timeout", ["1.5"], 1.5),
     ("max_body_size", ["1000"], 1000),
+    ("stall_timeout", ["9.5"], 9.5),
+    ("api_key_file", ["keys"], "keys"),
 ]
 TLS_FLAGS = {"ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs"}
 
@@ -142,7 +146,7 @@ def test_the_tables_leave_no_argument_out() -> None:
 def test_engine_flag_sets_its_field_alone(name: str, values: list[str], expected: Any) -> None:
     head = [] if name == "model" else ["--model", "m"]
     engine, server = parse_serve_args(head + as_flag(name, values))
-    plain = dataclasses.asdict(AsyncEngineArgs("m"))
+    plain = dataclasses.asdict(AsyncEngineArgs("m", **SERVE_DEFAULTS))
     assert plain[name] != expected or name == "model", "the value under test must not be the default"
     assert dataclasses.asdict(engine) == {**plain, name: expected}
     assert server == ServerArgs()
@@ -152,7 +156,13 @@ def test_engine_flag_sets_its_field_alone(name: str, values: list[str], expected
 def test_server_flag_sets_its_field_alone(name: str, values: list[str], expected: Any) -> None:
     engine, server = parse_serve_args(["m", *as_flag(name, values)])
     assert dataclasses.asdict(server) == {**dataclasses.asdict(ServerArgs()), name: expected}
-    assert engine == AsyncEngineArgs("m")
+    assert engine == AsyncEngineArgs("m", **SERVE_DEFAULTS)
+
+
+@pytest.mark.parametrize("name", ["enable_prefix_caching", "enable_chunked_prefill"])
+def test_what_serving_switches_on_can_be_switched_off(name: str) -> None:
+    assert getattr(parse_serve_args(["m"])[0], name) is None
+    assert getattr(parse_serve_args(["m", "--no-" + name.replace("_", "-")])[0], name) is False
 
 
 def test_tls_flags(tmp_path: Any) -> None:
@@ -202,7 +212,7 @@ def test_empty_values_mean_no_value(name: str, empty: str) -> None:
 
 def test_empty_server_values_mean_no_value() -> None:
     argv = ["m", "--host", "None", "--api-key", "", "--response-role", "None", "--middleware", ""]
-    assert parse_serve_args(argv)[1] == ServerArgs()
+    assert parse_serve_args(argv)[1] == ServerArgs(host=None)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,8 @@ BAD_VALUES: list[tuple[str, dict[str, Any]]] = [
     ("max_waiting_requests", {"max_waiting_requests": 0}),
     ("max_waiting_tokens", {"max_waiting_tokens": 0}),
     ("num_scheduler_steps", {"num_scheduler_steps": 0}),
+    ("max_decode_slowdown", {"max_decode_slowdown": 1.0}),
+    ("max_decode_slowdown", {"max_decode_slowdown": float("inf")}),
     ("tokenizer_pool_size", {"tokenizer_pool_size": -1}),
     ("tokenizer_pool_type", {**POOL, "tokenizer_pool_type": "fork"}),
     ("tokenizer_pool_extra_config", {**POOL, "tokenizer_pool_extra_config": "3"}),
@@ -234,6 +236,11 @@ def test_prefix_caching_with_sliding_windows(resolve: Resolve) -> None:
         resolve(config=window, enable_prefix_caching=True)
     assert caught.value.param == "enable_prefix_caching"
     assert resolve(config=window, enable_chunked_prefill=True).scheduler.enable_chunked_prefill
+    left_open = {"enable_prefix_caching": None, "enable_chunked_prefill": None}
+    assert not resolve(config=window, **left_open).cache.enable_prefix_caching
+    assert resolve(**left_open).cache.enable_prefix_caching
+    assert resolve(**left_open).scheduler.enable_chunked_prefill
+    assert resolve(**left_open).scheduler.max_num_batched_tokens == 512
     # Where some layers see everything, all blocks are kept anyway.
     mixed = {
         "architectures": ["Gemma3ForCausalLM"],

@@ -11,7 +11,7 @@ from tests.core.memory_worker import MemoryWorker
 class Driver:
     """Checks every invariant after every step; time passes by the second."""
 
-    def __init__(self, *, overlap: int = 0, **limits) -> None:
+    def __init__(self, *, overlap: int = 0, max_steps: int = 1, **limits) -> None:
         defaults = {
             "num_blocks": 64,
             "block_size": 4,
@@ -29,6 +29,7 @@ class Driver:
             self.limits.num_lookahead_slots,
         )
         self.overlap = overlap
+        self.max_steps = max_steps
         self.issued = []
         self.plans = []
         self.now = 0.0
@@ -53,7 +54,7 @@ class Driver:
 
     def step(self, duration=1.0):
         """Schedules, and commits what is due; returns the plan's rows as [(request, count)]."""
-        plan = self.scheduler.schedule(self.now, self.limits.max_steps)
+        plan = self.scheduler.schedule(self.now, self.max_steps)
         rows = None
         if plan is not None:
             self.plans.append(plan)

@@ -184,3 +184,22 @@ def test_a_leaked_block_is_caught(monkeypatch):
     monkeypatch.setattr(BlockPool, "release", lambda self, blocks: original(self, blocks[1:]))
     with pytest.raises((AssertionError, RuntimeError)):
         _busy()
+
+
+def test_prompt_tokens_of_a_step_can_be_bounded():
+    driver = Driver(chunked_prefill=True, max_num_batched_tokens=32)
+    driver.add("a", 4, max_tokens=20)
+    driver.step()
+    driver.add("bb", 20)
+    driver.add("ccc", 9)
+    rows = []
+    for _ in range(3):
+        plan = driver.scheduler.schedule(0.0, prompt_tokens=8)
+        rows.append([(seq.group.request_id, n) for seq, n in zip(plan.ticket.rows, plan.counts, strict=True)])
+        driver.scheduler.commit(plan, driver.worker.run(plan))
+        driver.scheduler.verify()
+    assert rows == [
+        [("bb", 8), ("a", 1)],
+        [("bb", 8), ("a", 1)],
+        [("bb", 4), ("ccc", 4), ("a", 1)],
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from array import array
 from collections import deque
@@ -75,8 +76,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_lookahead_slots=lookahead,
             max_waiting_requests=queue[0],
             max_waiting_tokens=queue[1],
-            max_steps=max_steps,
         )
+        self.max_steps = max_steps
         self.scheduler = Scheduler(self.limits)
         self.worker = MemoryWorker(
             num_blocks, block_size, max_num_seqs, swap_blocks, self.limits.window, lookahead
@@ -170,7 +171,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def schedule(self):
         self.now += 0.01
         before = set(map(id, self.scheduler.running))
-        plan = self.scheduler.schedule(self.now, self.limits.max_steps)
+        plan = self.scheduler.schedule(self.now, self.max_steps, prompt_tokens=self.pace())
         self.collect_ended()
         if plan is None:
             # With nothing in flight there is always something to do, or a request would hang.
@@ -259,6 +260,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.blocks.num_free == self.scheduler.blocks.num_blocks
         assert self.scheduler.blocks.swap_pool.num_free == self.limits.num_swap_blocks
 
+    def pace(self):
+        """Some number of prompt tokens, another each time."""
+        return (math.inf, 3, 7)[len(self.issued) + int(self.now * 100) % 2]
+
     # ------------------------------------------------------------------ checks
 
     def check_plan(self, plan):
@@ -277,7 +282,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert room >= min(limits.num_lookahead_slots, seq.max_known - 1 - seq.num_computed)
             if limits.window is not None and count == 1:
                 held = sum(block != NULL_BLOCK for block in seq.blocks)
-                ahead = limits.num_lookahead_slots + plan.max_steps - 1
+                ahead = limits.num_lookahead_slots + self.max_steps - 1
                 assert held <= -(-(limits.window + ahead) // limits.block_size) + 1
 
     def check_index(self):

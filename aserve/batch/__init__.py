@@ -1,0 +1,1 @@
+"""Requests from a file, answered into a file."""
