@@ -193,6 +193,7 @@ class ChatBody(SamplingBody):
     logprobs: Bool = False
     top_logprobs: Annotated[int, BeforeValidator(_number), Field(ge=0)] | None = None
     add_generation_prompt: Bool = True
+    continue_final_message: Bool = False
     add_special_tokens: Bool = False
     chat_template_kwargs: TemplateVariables | None = None
     documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS)] | None = None
