@@ -14,7 +14,7 @@ outlines              8,400 ms, 119 MB         0.2 ms, p99 2 ms        27, and n
 lm-format-enforcer    7,500 ms, 1 MB           1.9 ms, p99 11 ms       26
 ====================  =======================  ======================  ================================
 
-Every finished output of all of them is valid under its schema (tests/guided). llguidance is the default because
-it alone keeps a large schema out of the way of the first token, needs neither an index of the vocabulary nor a
-bound on the nesting of JSON, and has grammars.
+Every finished output of all of them is valid under its schema (tests/guided). llguidance is the default
+because it alone keeps a large schema out of the way of the first token, needs neither an index of the
+vocabulary nor a bound on the nesting of JSON, and has grammars.
 """
