@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 from aserve import registry
@@ -49,6 +51,9 @@ logger = logging.getLogger(__name__)
 _RUN_SECONDS = 0.016
 """Most time for the steps of one plan. Their tokens come at once; a display shows nothing more often."""
 
+_UNWATCHED_SECONDS = 0.1
+"""The same where nobody sees a token before the last one."""
+
 _LONGEST_RETRY = 60.0
 """Most seconds a refused client is told to wait."""
 
@@ -87,7 +92,7 @@ class LLMEngine:
             lora=lora_config,
             vision_language=vision_language_config,
             speculative=speculative_config,
-            decoding=decoding_config or DecodingConfig(guided_decoding_backend="outlines"),
+            decoding=decoding_config or DecodingConfig(),
             tokenizer_pool=None,
         )
         self.model_config = model_config
@@ -140,7 +145,12 @@ class LLMEngine:
         self._preemptions_told = 0
         # Not a bound method: the statistics must not keep the engine, and its device memory, alive.
         stats, core = self.stats, self.core
-        stats.refresh = lambda: stats.set_load(**_load_of(core))
+
+        def refresh() -> None:
+            stats.set_load(**_load_of(core))
+            stats.set_ledger(asdict(core.ledger))
+
+        stats.refresh = refresh
         self.phases = {**self.capacity.phases, "tokenizer": tokenizer_seconds}
         self.phases["total"] = time.perf_counter() - started
         self._log_start()
@@ -205,6 +215,7 @@ class LLMEngine:
         text, ids = self.input.split(inputs, prompt_token_ids)
         if ids is None:
             ids = self.input.encode(text or "")
+        guided = checked.guided if isinstance(checked, SamplingParams) else None
         group = self.input.make_group(
             request_id,
             text,
@@ -214,6 +225,7 @@ class LLMEngine:
             lora_request,
             multi_modal_data,
             options,
+            None if guided is None else self.input.guides.compile(guided),
         )
         self.queue(group, OutputKind.CUMULATIVE, self._ready_outputs.append)
 
@@ -243,9 +255,12 @@ class LLMEngine:
         """Hands a request to the scheduler; ``sink`` is called with each of its outputs."""
         with self._counting_refusals():
             accepted = self.core.add(group)
-        if self.core.run_in_flight is not None:
-            self.executor.interrupt(self.core.run_in_flight)
-        self.output.add(group, kind, sink, mailbox)
+        self._interrupt()
+        try:
+            self.output.add(group, kind, sink, mailbox)
+        except BaseException:
+            self.core.abort(group.request_id)  # or it would run with nobody to tell
+            raise
         if not accepted:
             self.output.end_without_tokens(group.seqs[0])
 
@@ -254,16 +269,19 @@ class LLMEngine:
         ids = [request_id] if isinstance(request_id, str) else list(request_id)
         for each in ids:
             self.output.drop(each)
-            if self.core.abort(each) is not None:
+            group = self.core.abort(each)
+            if group is not None:
+                self._interrupt()
                 self.stats.on_aborted(cause)
-                self.output.request_log.aborted(each, cause=cause)
+                self.output.log_end(f"aborted: {cause}", group)
 
     def fail_request(self, request_id: str, error: AserveError, cause: str) -> None:
         """Ends a request by an error that its caller sees."""
         self.output.fail(request_id, error)
-        if self.core.abort(request_id) is not None:
+        group = self.core.abort(request_id)
+        if group is not None:
             self.stats.on_aborted(cause)
-            self.output.request_log.aborted(request_id, cause=cause)
+            self.output.log_end(f"aborted: {cause}", group)
 
     def has_unfinished_requests(self) -> bool:
         return self.core.num_unfinished > 0
@@ -275,9 +293,7 @@ class LLMEngine:
 
     def schedule(self) -> StepPlan | None:
         """Decides the next step, and tells callers about requests that ended without one."""
-        plan = self.core.schedule(
-            time.time(), self._steps_at_once(), _RUN_SECONDS, self._pace.prompt_tokens()
-        )
+        plan = self.core.schedule(time.time(), *self._steps_at_once(), self._pace.prompt_tokens())
         if plan is not None:
             self._pace.issued(plan)
         for group in self.core.take_expired():
@@ -296,16 +312,25 @@ class LLMEngine:
             )
         return most if asked is None else asked
 
-    def _steps_at_once(self) -> int:
-        """Steps that one plan may hold: as many as fit the time, going by the last ones.
+    def _steps_at_once(self) -> tuple[int, float]:
+        """Steps that one plan may hold, and their time: as many as fit it, going by the last ones.
 
         While one such plan is computed nothing else is decided. Less would be gained by doing so where
         a step takes long.
         """
-        seconds = self._pace.step_seconds
-        if not seconds:
-            return self._max_steps
-        return max(1, min(self._max_steps, int(_RUN_SECONDS / seconds)))
+        if self._max_steps == 1:
+            return 1, math.inf
+        watched = any(not state.whole for state in self.output.states.values())
+        most = _RUN_SECONDS if watched else _UNWATCHED_SECONDS
+        step = self._pace.step_seconds
+        if not step:
+            return self._max_steps, most
+        return max(1, min(self._max_steps, int(most / step))), most
+
+    def _interrupt(self) -> None:
+        """Has several steps in flight end early: there is something else to decide."""
+        if self.core.run_in_flight is not None:
+            self.executor.interrupt(self.core.run_in_flight)
 
     def _expire(self, group: SequenceGroup) -> None:
         """Tells the caller of a request, and the books, that its time was up."""
@@ -315,7 +340,7 @@ class LLMEngine:
             self.output.end_without_tokens(group.seqs[0])  # nobody to raise it at: finish_reason says it
         self.output.fail(group.request_id, error)
         self.stats.on_aborted("timeout")
-        self.output.request_log.aborted(group.request_id, cause="timeout")
+        self.output.log_end("aborted: timeout", group)
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Applies a finished step and hands its outputs out."""
@@ -355,6 +380,7 @@ class LLMEngine:
 
     def set_tokenizer(self, tokenizer: Any) -> None:
         """Replaces the tokenizer for requests added from now on."""
+        self.input.guides.close()
         self.input = InputProcessor(self.config, tokenizer, load_generation_eos(self.config.model.model))
         self.output.set_tokenizer(tokenizer)
 
@@ -372,13 +398,15 @@ class LLMEngine:
         self.stats.maybe_log(time.time(), force=True)
 
     def close(self) -> None:
-        """Ends the executor and its threads. Idempotent."""
+        """Ends the executor, and every thread and process of the engine. Idempotent."""
+        self.input.guides.close()
         self.executor.close()
 
     def __del__(self) -> None:
-        executor = getattr(self, "executor", None)
-        if executor is not None:
-            executor.close()
+        for owner, name in ((self, "executor"), (getattr(self, "input", None), "guides")):
+            part = getattr(owner, name, None)
+            if part is not None:
+                part.close()
 
     def _log_start(self) -> None:
         facts = dict(self.capacity.description)

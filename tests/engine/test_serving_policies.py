@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 
 import pytest
@@ -222,14 +223,23 @@ async def test_a_new_request_interrupts(make_async):
     assert executor.interrupted == []
     second = await engine.submit("you", params(temperature=0))
     assert executor.interrupted == [running]
-    for stream in (first, second):
-        async for _ in stream:
-            pass
+    async for _ in second:
+        pass
+    executor.interrupted.clear()
+    async with asyncio.timeout(10):
+        while engine.engine.core.run_in_flight is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    await engine.abort(first.request_id)
+    assert len(executor.interrupted) == 1, "its caller has gone"
 
 
 def test_steps_are_as_many_as_fit_the_time(make_engine):
     engine = make_engine(max_steps=16)
-    assert engine._steps_at_once() == 16
+    assert engine._steps_at_once() == (16, 0.1)
+    engine._pace._decode_seconds = 0.02
+    assert engine._steps_at_once() == (5, 0.1)
+    engine.add_request("a", "hello", params())  # whoever steps an engine sees each output
     for seconds, steps in ((0.0005, 16), (0.004, 4), (0.009, 1), (0.5, 1)):
         engine._pace._decode_seconds = seconds
-        assert engine._steps_at_once() == steps
+        assert engine._steps_at_once() == (steps, 0.016)
+    assert make_engine()._steps_at_once() == (1, math.inf)
