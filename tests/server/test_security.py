@@ -31,6 +31,7 @@ KEYED = {
     "/tokenize",
     "/detokenize",
     "/tokenizer_info",
+    "/openapi.json",
     "/version",
     "/metrics",
     "/admin/requests",

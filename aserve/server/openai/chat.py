@@ -110,7 +110,7 @@ async def begin(body: ChatBody, request_id: str, *, clamp: bool = False) -> Begu
     top = (body.top_logprobs or 0) if body.logprobs else None
     params = body.sampling_params(max_tokens=budget, logprobs=top)
     if tools is not None:
-        tools.apply(params, await prompts.tokenizer_of(engine))
+        tools.apply(params, await prompts.tokenizer_of(engine), body.guided_decoding_backend)
 
     log_client_id(request_id)
     # The best of several is known only at the end.

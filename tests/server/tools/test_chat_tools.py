@@ -251,6 +251,24 @@ async def test_named(stream: bool) -> None:
     assert schema == WEATHER["function"]["parameters"] | {"additionalProperties": False}
 
 
+async def test_a_backend_for_a_forced_call() -> None:
+    engine = TellingEngine("[]")
+    settings = {"tools": [CLOCK], "tool_choice": "required", "guided_decoding_backend": "outlines"}
+    assert (await post(engine, settings))[0] == 200
+    assert engine.submitted[0].params.guided.backend == "outlines"
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", NAMED])
+async def test_tools_and_another_guide_are_refused(choice: Any) -> None:
+    engine = TellingEngine("x")
+    guide = {"response_format": {"type": "json_object"}}
+    status, error = await post(engine, {"tools": [WEATHER], "tool_choice": choice, **guide})
+    assert status == 400
+    assert "response_format" in error["message"]
+    status, _ = await post(engine, {"tools": [WEATHER], "tool_choice": "none", **guide})
+    assert status == 200
+
+
 async def test_allowed_tools() -> None:
     engine = TellingEngine('[{"name": "clock", "arguments": {}}]')
     allowed = {"mode": "required", "tools": [CLOCK]}
@@ -422,7 +440,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [function(strict="yes")]}, "tools", "strict"),
     ({"tools": [function(parameters=[])]}, "tools", "parameters"),
     ({"tools": [function(parameters={"type": "array"})]}, "tools", "parameters.type"),
-    ({"tools": [function(parameters=deep(33))]}, "tools", "nested deeper than 64"),
+    ({"tools": [function(parameters=deep(25))]}, "tools", "nested deeper than 48"),
     ({"tools": [function(parameters={"x": "y" * 140_000})]}, "tools", "larger than"),
     ({"tools": [function(name=f"f{i}") for i in range(513)]}, "tools", "at most 512"),
     ({"tools": "f"}, "tools", "list"),

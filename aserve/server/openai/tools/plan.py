@@ -55,9 +55,9 @@ class ToolPlan:
         """Messages and tools for the chat template."""
         return for_template(self.template, messages, self.request, self.reader(whole=True).how)
 
-    def apply(self, params: SamplingParams, tokenizer: Any) -> None:
-        """Has the output guided, and what marks calls left in its text."""
-        guided = self.request.guided()
+    def apply(self, params: SamplingParams, tokenizer: Any, backend: str | None) -> None:
+        """Has the output guided, by ``backend`` or the engine's own, and marks of calls left in its text."""
+        guided = self.request.guided(backend)
         if guided is not None:
             if params.guided is not None:
                 raise InvalidRequestError(

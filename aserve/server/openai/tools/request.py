@@ -50,8 +50,8 @@ class ToolRequest:
     mode: Mode
     parallel: bool
 
-    def guided(self) -> GuidedParams | None:
-        """What must guide the output; None if nothing has to."""
+    def guided(self, backend: str | None = None) -> GuidedParams | None:
+        """What must guide the output, by ``backend`` or the engine's own; None if nothing has to."""
         if self.mode == "auto":
             return None
         if self.mode == "named":
@@ -59,7 +59,7 @@ class ToolRequest:
         else:
             parameters = {function.name: function.parameters for function in self.functions}
             schema = calls_schema(parameters, parallel=self.parallel)
-        return GuidedParams(json=schema, source="tools")
+        return GuidedParams(json=schema, backend=backend, source="tools")
 
 
 def tool_request(tools: list[Any] | None, choice: Any, parallel: bool | None) -> ToolRequest | None:

@@ -9,8 +9,9 @@ import orjson
 from aserve.errors import InvalidRequestError
 
 MAX_SCHEMA_BYTES = 128 * 1024
-MAX_SCHEMA_DEPTH = 64
-"""Of objects and lists in one another. OpenAI allows ten levels of objects in a strict schema."""
+MAX_SCHEMA_DEPTH = 48
+"""Of objects and lists in one another, so that a list of calls stays within what may guide an output. OpenAI
+allows ten levels of objects in a strict schema."""
 
 _COMBINED = {
     "$ref", "allOf", "anyOf", "oneOf", "not", "if", "then", "else", "patternProperties",
