@@ -99,7 +99,8 @@ def test_a_call_is_required(client: OpenAI) -> None:
 
 def test_references_in_a_schema_hold(client: OpenAI) -> None:
     for choice in ("required", {"type": "function", "function": {"name": "set_place"}}):
-        (whole, _) = both(client, tools=[PLACE], tool_choice=choice, parallel_tool_calls=False)
+        whole, streamed = both(client, tools=[PLACE], tool_choice=choice, parallel_tool_calls=False)
+        assert calls_of(streamed) == calls_of(whole)
         ((name, arguments),) = calls_of(whole)
         assert name == "set_place"
         assert 0 <= json.loads(arguments)["at"]["row"] <= 9

@@ -78,6 +78,38 @@ def test_arguments_are_objects_of_named_properties() -> None:
     assert valid(arguments_schema(combined), {"a": 1, "b": 1})
 
 
+def test_definitions_and_alternatives_are_closed_where_that_is_sound() -> None:
+    place = {"type": "object", "properties": {"row": {"type": "integer"}}}
+    definitions = {"$defs": {"Place": place}}
+    either = {"anyOf": [{"$ref": "#/$defs/Place", "description": "x"}, {"type": "null"}]}
+    schema = arguments_schema({"properties": {"at": either, "enum": place}, **definitions})
+    assert valid(schema, {"at": {"row": 1}, "enum": {"row": 2}})
+    assert valid(schema, {"at": None})
+    assert not valid(schema, {"at": {"row": 1, "more": 2}})
+    assert not valid(schema, {"enum": {"more": 2}})
+    cat = {"type": "object", "properties": {"kind": {"const": "cat"}}, "required": ["kind"]}
+    dog = {"type": "object", "properties": {"kind": {"const": "dog"}}, "required": ["kind"]}
+    tagged = arguments_schema(
+        {"properties": {"pet": {"oneOf": [cat, dog], "discriminator": {"propertyName": "kind"}}}}
+    )
+    assert valid(tagged, {"pet": {"kind": "dog"}})
+    assert not valid(tagged, {"pet": {"kind": "dog", "more": 1}})
+    for whole in (
+        {
+            "properties": {"at": {"allOf": [{"$ref": "#/$defs/Place"}, {"properties": {"b": {}}}]}},
+            **definitions,
+        },
+        {"properties": {"at": {"$ref": "#/$defs/Place", "properties": {"b": {}}}}, **definitions},
+        {"properties": {"at": {"properties": {"b": {}}, "anyOf": [{"properties": {"row": {}}}]}}},
+    ):
+        assert valid(arguments_schema(whole), {"at": {"row": 1, "b": 2}})
+    # What is closed must not let through what the schema refuses.
+    exclusive = {"properties": {"x": {"oneOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}}}
+    refused = {"properties": {"x": {"not": {"properties": {"a": {}}}}}}
+    assert not valid(arguments_schema(exclusive), {"x": {"a": 1}})
+    assert not valid(arguments_schema(refused), {"x": {"a": 1}})
+
+
 def test_depth() -> None:
     value: Any = 1
     for levels in range(1, 2000):

@@ -13,10 +13,10 @@ MAX_SCHEMA_DEPTH = 48
 """Of objects and lists in one another, so that a list of calls stays within what may guide an output. OpenAI
 allows ten levels of objects in a strict schema."""
 
-_COMBINED = {
-    "$ref", "allOf", "anyOf", "oneOf", "not", "if", "then", "else", "patternProperties",
-    "dependentSchemas", "unevaluatedProperties", "$dynamicRef",
+_CONJOINING = {
+    "allOf", "not", "if", "dependentSchemas", "unevaluatedProperties", "patternProperties", "$dynamicRef",
 }  # fmt: skip
+_REMARKS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
 _BY_NAME = {"properties", "$defs", "definitions", "patternProperties", "dependentSchemas"}
 _DATA = {"enum", "const", "default", "examples"}
 
@@ -59,13 +59,14 @@ def arguments_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
     """What guides the arguments of a tool: its schema, for an object, without what it does not name.
 
     Narrower than the schema where that leaves open whether further properties are allowed: a model that
-    has to write something would otherwise make them up.
+    has to write something would otherwise make them up. Not so where parts of the schema hold together,
+    as with ``allOf``: one may be about what another names.
     """
     if not parameters:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     own = {key: value for key, value in parameters.items() if key not in ("$schema", "$id")}
-    closed: dict[str, Any] = _closed({"type": "object", **own})
-    return closed
+    schema = {"type": "object", **own}
+    return schema if _conjoins(schema) else _closed(schema)
 
 
 def calls_schema(tools: dict[str, dict[str, Any] | None], *, parallel: bool) -> dict[str, Any]:
@@ -101,16 +102,43 @@ def calls_schema(tools: dict[str, dict[str, Any] | None], *, parallel: bool) -> 
     return found
 
 
-def _closed(schema: Any) -> Any:
-    if not isinstance(schema, dict) or _COMBINED & schema.keys():
-        return schema
+def _parts(schema: Any, by_name: bool) -> list[tuple[str, Any, bool]]:
+    """What a schema, or a map from names to schemas, is made of: key, part, and whether that is a map."""
+    if not isinstance(schema, dict):
+        return []
+    if by_name:
+        return [(key, value, False) for key, value in schema.items()]
+    return [(key, value, key in _BY_NAME) for key, value in schema.items() if key not in _DATA]
+
+
+def _conjoins(schema: Any, by_name: bool = False) -> bool:
+    """Whether some value has to fit more than one schema, or no more than one."""
+    if isinstance(schema, list):
+        return any(_conjoins(each) for each in schema)
+    if isinstance(schema, dict) and not by_name:
+        keys = schema.keys()
+        alone = keys - _REMARKS
+        if (
+            keys & _CONJOINING
+            or ("$ref" in keys and alone != {"$ref"})
+            or ("anyOf" in keys and "properties" in keys)
+        ):
+            return True
+        if "oneOf" in keys and ("discriminator" not in keys or "properties" in keys):
+            return True
+    return any(_conjoins(part, is_map) for _, part, is_map in _parts(schema, by_name))
+
+
+def _closed(schema: dict[str, Any], by_name: bool = False) -> dict[str, Any]:
+    """``schema`` without properties that it does not name, wherever it does not speak of them."""
     found = dict(schema)
-    properties = schema.get("properties")
-    if isinstance(properties, dict):
-        found["properties"] = {name: _closed(value) for name, value in properties.items()}
+    for key, part, is_map in _parts(schema, by_name):
+        if isinstance(part, dict):
+            found[key] = _closed(part, is_map)
+        elif isinstance(part, list):
+            found[key] = [_closed(each) if isinstance(each, dict) else each for each in part]
+    if not by_name and isinstance(schema.get("properties"), dict):
         found.setdefault("additionalProperties", False)
-    if "items" in schema:
-        found["items"] = _closed(schema["items"])
     return found
 
 
