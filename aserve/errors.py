@@ -6,6 +6,7 @@
       ClientError                 the request is at fault: HTTP 4xx
         + InvalidRequestError     400; also a ValueError, so library callers can catch it as one
         + AuthenticationError     401
+        + ForbiddenError          403; a key without the scope that is needed
         + NotFoundError           404
         + RequestTimeoutError     408; not completed within the time its caller gave it
         + QueueFullError          429; carries retry_after seconds
@@ -19,6 +20,15 @@
 """
 
 from __future__ import annotations
+
+import re
+
+_PRIVATE = re.compile(r"0x[0-9a-fA-F]{4,}|(?:/[\w.+-]+){2,}")
+
+
+def without_private(text: str) -> str:
+    """``text`` without memory addresses and paths: somebody else's exception, fit to be told to a client."""
+    return _PRIVATE.sub("…", text)
 
 
 class AserveError(Exception):
@@ -49,6 +59,13 @@ class InvalidRequestError(ClientError, ValueError):
 class AuthenticationError(ClientError):
     status = 401
     type = "AuthenticationError"
+
+
+class ForbiddenError(ClientError):
+    """The key is valid and not enough."""
+
+    status = 403
+    type = "PermissionDeniedError"
 
 
 class NotFoundError(ClientError):

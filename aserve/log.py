@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from aserve.errors import ConfigError
 
@@ -87,10 +88,11 @@ def shorten(value: str | Sequence[int] | None, limit: int | None) -> str:
 
 
 class RequestLog:
-    """One INFO line when a request is accepted and one when it ends, whatever ends it.
+    """One INFO line when a request is accepted and one when it ends, with the cause, whatever ends it.
 
     enabled: False silences all of them (``--disable-log-requests``).
-    max_log_len: characters of prompt text and number of prompt ids shown; None shows all.
+    max_log_len: characters of prompt text and number of prompt ids shown, besides all parameters. None,
+        the default, shows nothing of what a request says: counts and times only.
     """
 
     def __init__(self, *, enabled: bool = True, max_log_len: int | None = None) -> None:
@@ -100,7 +102,9 @@ class RequestLog:
         self.max_log_len = max_log_len
         self._logger = logging.getLogger("aserve.requests")
 
-    def _active(self) -> bool:
+    @property
+    def active(self) -> bool:
+        """Whether lines are written at all."""
         return self.enabled and self._logger.isEnabledFor(logging.INFO)
 
     def accepted(
@@ -108,11 +112,19 @@ class RequestLog:
         request_id: str,
         *,
         prompt: str | None,
-        prompt_token_ids: Sequence[int] | None,
+        prompt_token_ids: Sequence[int],
         params: object,
         lora_request: object = None,
     ) -> None:
-        if not self._active():
+        if not self.active:
+            return
+        if self.max_log_len is None:
+            asked = [f"{name} {getattr(params, name)}" for name in _ASKED if hasattr(params, name)]
+            self._logger.info(
+                "accepted %s: %s",
+                escape(request_id),
+                ", ".join([f"{len(prompt_token_ids)} prompt tokens", *asked]),
+            )
             return
         self._logger.info(
             "accepted %s: prompt: %s, params: %s, prompt_token_ids: %s, lora_request: %s",
@@ -123,29 +135,21 @@ class RequestLog:
             escape(repr(lora_request)),
         )
 
-    def finished(
-        self,
-        request_id: str,
-        *,
-        reasons: Sequence[str | None],
-        prompt_tokens: int,
-        generation_tokens: int,
-        seconds: float,
-    ) -> None:
-        if self._active():
-            self._logger.info(
-                "finished %s: %s, %d prompt + %d generated tokens in %.3f s",
-                escape(request_id),
-                ",".join(str(reason) for reason in reasons),
-                prompt_tokens,
-                generation_tokens,
-                seconds,
-            )
+    def ended(self, cause: str, facts: Mapping[str, Any]) -> None:
+        """cause: such as ``stop`` or ``aborted: disconnect``. facts: as ``engine.report`` makes them."""
+        if not self.active:
+            return
+        times = (("queued", "queue_seconds"), ("first token", "first_token_seconds"), ("total", "seconds"))
+        shown = [f"{name} {facts[key]:.3f} s" for name, key in times if facts[key] is not None]
+        self._logger.info(
+            "ended %s: %s; %d prompt (%d cached) + %d generated tokens; %s",
+            escape(facts["id"]),
+            escape(cause),
+            facts["prompt_tokens"],
+            facts["cached_tokens"],
+            facts["generated_tokens"],
+            ", ".join(shown),
+        )
 
-    def aborted(self, request_id: str, *, cause: str) -> None:
-        if self._active():
-            self._logger.info("aborted %s: %s", escape(request_id), escape(cause))
 
-    def failed(self, request_id: str, *, cause: str) -> None:
-        if self._active():
-            self._logger.info("failed %s: %s", escape(request_id), escape(cause))
+_ASKED = ("max_tokens", "n", "best_of", "temperature")

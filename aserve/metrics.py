@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -108,6 +108,7 @@ class Metrics(Collector):
         self._info: dict[str, tuple[str, dict[str, str]]] = {}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
+        ProcessCollector(registry=self._registry)  # resident memory, open files, CPU time; on Linux
 
     def counter(self, name: str, help: str) -> Counter:
         """``name`` ends in ``_total``."""

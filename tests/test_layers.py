@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "messages": {"errors"},
     "packaged": {"errors"},
     "metrics": {"errors"},
+    "faults": set(),
     # 1: settings
     "gguf": BASE,
     "config": SETTINGS | {"gguf"},

@@ -3,11 +3,13 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from aserve import log
 from aserve.errors import ConfigError
+from aserve.messages.params import SamplingParams
 
 
 @pytest.fixture
@@ -78,20 +80,37 @@ def test_shorten(limit: int | None, text: str, ids: str) -> None:
     assert log.shorten(None, limit) == "None"
 
 
+FACTS: dict[str, Any] = {
+    "id": "r\n1", "seconds": 0.5, "queue_seconds": 0.25, "first_token_seconds": None,
+    "prompt_tokens": 4, "cached_tokens": 3, "generated_tokens": 2,
+}  # fmt: skip
+
+
 def test_request_lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log.logger, "propagate", True)
     caplog.set_level(logging.INFO, logger="aserve")
     requests = log.RequestLog(max_log_len=3)
     requests.accepted("r\n1", prompt="a\nbcd", prompt_token_ids=[5, 6, 7, 8], params={"n": 1})
-    requests.finished("r1", reasons=["stop", None], prompt_tokens=4, generation_tokens=2, seconds=0.5)
-    requests.aborted("r2", cause="client\ngone")
-    requests.failed("r3", cause="nan")
-    accepted, finished, aborted, failed = (record.getMessage() for record in caplog.records)
+    requests.ended("stop,length", FACTS)
+    requests.ended("aborted: client\ngone", FACTS)
+    accepted, finished, aborted = (record.getMessage() for record in caplog.records)
     assert "r\\n1" in accepted and "'a\\nb'" in accepted and "[5, 6, 7]" in accepted and "8" not in accepted
-    assert "stop,None" in finished and "4 prompt + 2 generated" in finished
-    assert aborted == "aborted r2: client\\ngone"
-    assert failed == "failed r3: nan"
+    assert finished == (
+        "ended r\\n1: stop,length; 4 prompt (3 cached) + 2 generated tokens; queued 0.250 s, total 0.500 s"
+    )
+    assert "aborted: client\\ngone;" in aborted
     assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
+def test_by_default_nothing_of_what_is_said_is_logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log.logger, "propagate", True)
+    caplog.set_level(logging.INFO, logger="aserve")
+    params = SamplingParams(max_tokens=9, stop=["secret"])
+    log.RequestLog().accepted("r", prompt="secret", prompt_token_ids=[77, 78], params=params)
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line == "accepted r: 2 prompt tokens, max_tokens 9, n 1, best_of 1, temperature 1.0"
 
 
 def test_disabled_request_log_is_silent(
@@ -101,9 +120,7 @@ def test_disabled_request_log_is_silent(
     caplog.set_level(logging.INFO, logger="aserve")
     requests = log.RequestLog(enabled=False)
     requests.accepted("r", prompt="x", prompt_token_ids=[1], params=None)
-    requests.finished("r", reasons=["stop"], prompt_tokens=1, generation_tokens=1, seconds=0.1)
-    requests.aborted("r", cause="c")
-    requests.failed("r", cause="c")
+    requests.ended("stop", FACTS)
     assert caplog.records == []
 
 

@@ -39,7 +39,11 @@ def lora_module(text: str) -> LoRAModule:
 class ServerArgs:
     """Arguments of the HTTP server; :meth:`check` raises ConfigError for values that cannot work."""
 
-    host: str | None = arg(None, group=_SERVER, help="Host name or address to listen on; unset: every one.")
+    host: str | None = arg(
+        "127.0.0.1",
+        group=_SERVER,
+        help="Host name or address to listen on; 0.0.0.0 or None: every one.",
+    )
     port: int = arg(8000, group=_SERVER, help="Port number; 0 takes a free one.")
     log_level: str = arg(
         "info",
@@ -66,6 +70,12 @@ class ServerArgs:
         action="extend",
         metavar="KEY",
         help="Require one of these keys as bearer token. ASERVE_API_KEY in the environment wins over it.",
+    )
+    api_key_file: str | None = arg(
+        None,
+        group=_SERVER,
+        help="File of further keys, read again at SIGHUP: one a line as KEY, NAME KEY or NAME KEY admin. "
+        "Logs show names; the routes under /admin need a key marked admin.",
     )
     lora_modules: list[LoRAModule] | None = arg(
         None,
@@ -113,6 +123,13 @@ class ServerArgs:
         16 * 1024 * 1024, group=_SERVER, help="Most bytes of a request body; larger ones are answered 413."
     )
 
+    stall_timeout: float = arg(
+        120.0,
+        group=_SERVER,
+        help="Seconds without a finished step, while requests wait, after which health is 503. "
+        "Longer than the longest step.",
+    )
+
     def take_environment(self) -> None:
         """Replaces the API keys by the one in the environment, if there is one."""
         for variable in API_KEY_VARIABLES:
@@ -135,6 +152,10 @@ class ServerArgs:
         if not 0 <= self.drain_timeout < float("inf"):
             raise ConfigError(
                 f"drain_timeout must be seconds from 0, got {self.drain_timeout}", param="drain_timeout"
+            )
+        if not self.stall_timeout > 0:
+            raise ConfigError(
+                f"stall_timeout must be seconds above 0, got {self.stall_timeout}", param="stall_timeout"
             )
         if self.max_body_size < 1:
             raise ConfigError(

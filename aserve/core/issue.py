@@ -19,7 +19,7 @@ class PlanIssuer:
         self._blocks = blocks
         self._swap_outs: dict[int, int] = {}
         self._next_seq_id = 0
-        self._next_step_id = 0
+        self.num_issued = 0
 
     def new_seq_id(self) -> int:
         self._next_seq_id += 1
@@ -67,9 +67,9 @@ class PlanIssuer:
                     forks.append(describe_fork(child, seq))
                     samples.append((row, child))
         swap_outs = [(here, there) for there, here in self._swap_outs.items()]
-        plan = step.build(self._next_step_id, now, rows, samples, self.unsent, forks, swap_outs)
+        plan = step.build(self.num_issued, now, rows, samples, self.unsent, forks, swap_outs)
         self.unsent, self._swap_outs = [], {}
-        self._next_step_id += 1
+        self.num_issued += 1
         return plan
 
     def _expand(self, parent: Sequence) -> list[Sequence]:

@@ -122,6 +122,11 @@ class Scheduler:
     def num_unfinished(self) -> int:
         return len(self.groups)
 
+    @property
+    def num_steps(self) -> int:
+        """Steps issued so far."""
+        return self._issuer.num_issued
+
     def take_capped(self) -> list[Sequence]:
         """Sequences that ended since the last call because the whole cache is too small for them."""
         capped, self._capped = self._capped, []

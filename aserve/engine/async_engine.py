@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import anyio
@@ -18,9 +18,18 @@ from aserve.config.engine import EngineConfig
 from aserve.config.model import ModelConfig
 from aserve.engine import loop, pooling
 from aserve.engine.llm_engine import LLMEngine
-from aserve.engine.stats import EngineStats, watch_loop_lag
+from aserve.engine.report import facts
+from aserve.engine.stats import EngineStats
 from aserve.engine.stream import Mailbox, OutputStream
-from aserve.errors import AserveError, EngineBusyError, EngineDeadError, InvalidRequestError
+from aserve.engine.watch import Progress, watch_loop_lag
+from aserve.errors import (
+    AserveError,
+    EngineBusyError,
+    EngineDeadError,
+    InvalidRequestError,
+    RequestFailedError,
+)
+from aserve.guided.base import Grammar, GrammarError
 from aserve.log import RequestLog
 from aserve.messages.inputs import (
     LoRARequest,
@@ -32,7 +41,7 @@ from aserve.messages.inputs import (
     UsageContext,
 )
 from aserve.messages.outputs import EmbeddingRequestOutput, RequestOutput
-from aserve.messages.params import SamplingParams
+from aserve.messages.params import GuidedParams, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +77,9 @@ class AsyncLLMEngine:
         self.engine: LLMEngine | None = None
         self.failed: EngineDeadError | None = None
         self.start_engine_loop = start_engine_loop
+        self.on_dead: Callable[[], None] | None = None
+        """Called once, from the loop, when the engine has failed for good; not when it is stopped."""
+        self.progress = Progress()
         self._request_log = RequestLog(enabled=log_requests, max_log_len=max_log_len)
         self._refusal: str | None = None
         self._task: asyncio.Task[None] | None = None
@@ -126,6 +138,7 @@ class AsyncLLMEngine:
             if self.engine is None:
                 self.engine = await anyio.to_thread.run_sync(self._build)
                 self.engine.output.request_log = self._request_log
+                _count_tasks(self.engine.stats)
             if self._task is None:
                 self.start_background_loop()
 
@@ -138,8 +151,7 @@ class AsyncLLMEngine:
         if self.engine is None:
             raise RuntimeError("the engine is not loaded yet; await start() instead")
         self._task = asyncio.create_task(self._run(self.engine), name="aserve-engine-loop")
-        if self.engine.stats.enabled:
-            self._lag_watch = asyncio.create_task(watch_loop_lag(self.engine.stats), name="aserve-loop-lag")
+        self._lag_watch = asyncio.create_task(self._watch(self.engine), name="aserve-watch")
 
     def _build(self) -> LLMEngine:
         if self._from_config is not None:
@@ -162,6 +174,10 @@ class AsyncLLMEngine:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(self.engine.close)
 
+    async def _watch(self, engine: LLMEngine) -> None:
+        async for _ in watch_loop_lag(engine.stats):
+            self.progress.look(engine.core.num_steps, engine.core.num_unfinished, time.monotonic())
+
     async def _run(self, engine: LLMEngine) -> None:
         try:
             await loop.run(engine, self._wait_for_work, engine.config.scheduler.overlap)
@@ -172,6 +188,8 @@ class AsyncLLMEngine:
             dead = EngineDeadError(f"the engine loop has failed: {type(error).__name__}: {error}")
             dead.__cause__ = error
             self._die(dead)
+            if self.on_dead is not None:
+                self.on_dead()
 
     async def _wait_for_work(self) -> None:
         if not self.num_unfinished:
@@ -208,8 +226,16 @@ class AsyncLLMEngine:
     def errored(self) -> bool:
         return self.failed is not None
 
+    def stalled_for(self) -> float:
+        """Seconds for which requests have been unfinished and no step has been made; 0 when idle."""
+        return self.progress.stalled_for(time.monotonic())
+
     async def check_health(self) -> None:
         """Raises EngineDeadError if the engine cannot serve any more."""
+        self.check()
+
+    def check(self) -> None:
+        """The same at once."""
         if self.failed is not None:
             raise self.failed
         if self.engine is not None:
@@ -249,9 +275,13 @@ class AsyncLLMEngine:
         if ids is None:
             ids = await self._encode(engine, text or "", True)
             self._check_open()  # draining may have begun, or the engine died, meanwhile
+        grammar = None
+        if isinstance(params, SamplingParams) and params.guided is not None:
+            grammar = await self._compile(engine, params.guided)
+            self._check_open()
         request_id = request_id or uuid.uuid4().hex
         group = engine.input.make_group(
-            request_id, text, ids, params, arrival_time, lora_request, multi_modal_data, options
+            request_id, text, ids, params, arrival_time, lora_request, multi_modal_data, options, grammar
         )
         mailbox = Mailbox(kind)
         self._request_log.accepted(
@@ -315,10 +345,10 @@ class AsyncLLMEngine:
                 state.mailbox.end()
             self._abort_now(request_id)
 
-    def _abort_now(self, request_id: str) -> None:
+    def _abort_now(self, request_id: str, cause: str = "caller") -> None:
         if self.engine is None or self.failed is not None:
             return
-        self.engine.abort_request(request_id)
+        self.engine.abort_request(request_id, cause)
         if not self.num_unfinished:
             self._set_idle()
         # Freed blocks or slots may let a waiting request in.
@@ -344,6 +374,20 @@ class AsyncLLMEngine:
             if not self.num_unfinished:
                 self._set_idle()
 
+    async def _compile(self, engine: LLMEngine, guided: GuidedParams) -> Grammar:
+        guides = engine.input.guides
+        self._tokenizing += 1
+        self._idle.clear()
+        try:
+            # Shielded: another request may wait for the same grammar.
+            return await asyncio.shield(asyncio.wrap_future(guides.start(guided)))
+        except (GrammarError, InvalidRequestError) as error:
+            raise guides.error(guided, error) from None
+        finally:
+            self._tokenizing -= 1
+            if not self.num_unfinished:
+                self._set_idle()
+
     async def _serving(self) -> LLMEngine:
         """The engine, if it takes requests; starts it if that is allowed."""
         self._check_open()
@@ -361,6 +405,24 @@ class AsyncLLMEngine:
             raise self.failed
         if self._refusal is not None:
             raise EngineBusyError(self._refusal)
+
+    def unfinished(self) -> list[dict[str, Any]]:
+        """What is known of every unfinished request, in numbers: nothing of its prompt or its text."""
+        return (
+            []
+            if self.engine is None
+            else [facts(group, time.time()) for group in self.engine.core.groups.values()]
+        )
+
+    def end_request(self, request_id: str, reason: str) -> bool:
+        """Ends a request with RequestFailedError(reason); False if there is none of that id."""
+        if self.engine is None or request_id not in self.engine.core.groups:
+            return False
+        self.engine.fail_request(request_id, RequestFailedError(reason), "operator")
+        self._work.set()
+        if not self.num_unfinished:
+            self._set_idle()
+        return True
 
     # ---------------------------------------------------------------- draining
 
@@ -416,3 +478,15 @@ class AsyncLLMEngine:
     async def do_log_stats(self) -> None:
         if self.engine is not None:
             self.engine.do_log_stats()
+
+
+def _count_tasks(stats: EngineStats) -> None:
+    """Has every rendering of the metrics count the running loop's tasks."""
+    loop, refresh = asyncio.get_running_loop(), stats.refresh
+
+    def refresh_all() -> None:
+        if refresh is not None:
+            refresh()
+        stats.set_tasks(len(asyncio.all_tasks(loop)))
+
+    stats.refresh = refresh_all

@@ -9,6 +9,9 @@ from typing import Any
 from aserve.config.engine import EngineConfig
 from aserve.core.sequence import SequenceGroup
 from aserve.errors import InvalidRequestError
+from aserve.guided.base import Grammar
+from aserve.guided.compiler import GrammarCompiler
+from aserve.guided.vocabulary import read_vocabulary
 from aserve.messages.inputs import (
     LoRARequest,
     MultiModalData,
@@ -35,6 +38,9 @@ class InputProcessor:
         self._rng = random.Random(config.model.seed)
         self._lock = threading.Lock()
         self._fast = tokenizer is not None and tokenizer.is_fast
+        # Not a bound method: the compiler's thread must not keep the engine alive.
+        vocab_size = config.model.vocab_size
+        self.guides = GrammarCompiler(config.decoding, lambda: read_vocabulary(tokenizer, vocab_size))
 
     # ---------------------------------------------------------------- prompts
 
@@ -91,9 +97,7 @@ class InputProcessor:
                 param="use_beam_search",
             )
         if params.guided is not None:
-            raise InvalidRequestError(
-                "guided decoding is not available in this release", param=params.guided.param
-            )
+            self.guides.check(params.guided)
         width = params.best_of or params.n
         max_num_seqs = self._config.scheduler.max_num_seqs
         if width > max_num_seqs:
@@ -127,8 +131,12 @@ class InputProcessor:
         lora_request: LoRARequest | None = None,
         multi_modal_data: MultiModalData | None = None,
         options: RequestOptions | None = None,
+        grammar: Grammar | None = None,
     ) -> SequenceGroup:
-        """A request ready to be queued; ``params`` has passed ``check_params`` and is not modified."""
+        """A request ready to be queued; ``params`` has passed ``check_params`` and is not modified.
+
+        grammar: ``params.guided`` compiled.
+        """
         if lora_request is not None:
             raise InvalidRequestError(
                 f"LoRA is not enabled, so adapter {lora_request.lora_name!r} cannot be used",
@@ -177,4 +185,5 @@ class InputProcessor:
             deadline=None if options.timeout is None else arrival_time + options.timeout,
             cache_salt=options.cache_salt,
             pooling=pooling,
+            grammar=grammar,
         )

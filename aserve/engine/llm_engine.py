@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 from aserve import registry
@@ -91,7 +92,7 @@ class LLMEngine:
             lora=lora_config,
             vision_language=vision_language_config,
             speculative=speculative_config,
-            decoding=decoding_config or DecodingConfig(guided_decoding_backend="outlines"),
+            decoding=decoding_config or DecodingConfig(),
             tokenizer_pool=None,
         )
         self.model_config = model_config
@@ -144,7 +145,12 @@ class LLMEngine:
         self._preemptions_told = 0
         # Not a bound method: the statistics must not keep the engine, and its device memory, alive.
         stats, core = self.stats, self.core
-        stats.refresh = lambda: stats.set_load(**_load_of(core))
+
+        def refresh() -> None:
+            stats.set_load(**_load_of(core))
+            stats.set_ledger(asdict(core.ledger))
+
+        stats.refresh = refresh
         self.phases = {**self.capacity.phases, "tokenizer": tokenizer_seconds}
         self.phases["total"] = time.perf_counter() - started
         self._log_start()
@@ -209,6 +215,7 @@ class LLMEngine:
         text, ids = self.input.split(inputs, prompt_token_ids)
         if ids is None:
             ids = self.input.encode(text or "")
+        guided = checked.guided if isinstance(checked, SamplingParams) else None
         group = self.input.make_group(
             request_id,
             text,
@@ -218,6 +225,7 @@ class LLMEngine:
             lora_request,
             multi_modal_data,
             options,
+            None if guided is None else self.input.guides.compile(guided),
         )
         self.queue(group, OutputKind.CUMULATIVE, self._ready_outputs.append)
 
@@ -248,7 +256,11 @@ class LLMEngine:
         with self._counting_refusals():
             accepted = self.core.add(group)
         self._interrupt()
-        self.output.add(group, kind, sink, mailbox)
+        try:
+            self.output.add(group, kind, sink, mailbox)
+        except BaseException:
+            self.core.abort(group.request_id)  # or it would run with nobody to tell
+            raise
         if not accepted:
             self.output.end_without_tokens(group.seqs[0])
 
@@ -257,17 +269,19 @@ class LLMEngine:
         ids = [request_id] if isinstance(request_id, str) else list(request_id)
         for each in ids:
             self.output.drop(each)
-            if self.core.abort(each) is not None:
+            group = self.core.abort(each)
+            if group is not None:
                 self._interrupt()
                 self.stats.on_aborted(cause)
-                self.output.request_log.aborted(each, cause=cause)
+                self.output.log_end(f"aborted: {cause}", group)
 
     def fail_request(self, request_id: str, error: AserveError, cause: str) -> None:
         """Ends a request by an error that its caller sees."""
         self.output.fail(request_id, error)
-        if self.core.abort(request_id) is not None:
+        group = self.core.abort(request_id)
+        if group is not None:
             self.stats.on_aborted(cause)
-            self.output.request_log.aborted(request_id, cause=cause)
+            self.output.log_end(f"aborted: {cause}", group)
 
     def has_unfinished_requests(self) -> bool:
         return self.core.num_unfinished > 0
@@ -326,7 +340,7 @@ class LLMEngine:
             self.output.end_without_tokens(group.seqs[0])  # nobody to raise it at: finish_reason says it
         self.output.fail(group.request_id, error)
         self.stats.on_aborted("timeout")
-        self.output.request_log.aborted(group.request_id, cause="timeout")
+        self.output.log_end("aborted: timeout", group)
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Applies a finished step and hands its outputs out."""
@@ -366,6 +380,7 @@ class LLMEngine:
 
     def set_tokenizer(self, tokenizer: Any) -> None:
         """Replaces the tokenizer for requests added from now on."""
+        self.input.guides.close()
         self.input = InputProcessor(self.config, tokenizer, load_generation_eos(self.config.model.model))
         self.output.set_tokenizer(tokenizer)
 
@@ -383,13 +398,15 @@ class LLMEngine:
         self.stats.maybe_log(time.time(), force=True)
 
     def close(self) -> None:
-        """Ends the executor and its threads. Idempotent."""
+        """Ends the executor, and every thread and process of the engine. Idempotent."""
+        self.input.guides.close()
         self.executor.close()
 
     def __del__(self) -> None:
-        executor = getattr(self, "executor", None)
-        if executor is not None:
-            executor.close()
+        for owner, name in ((self, "executor"), (getattr(self, "input", None), "guides")):
+            part = getattr(owner, name, None)
+            if part is not None:
+                part.close()
 
     def _log_start(self) -> None:
         facts = dict(self.capacity.description)

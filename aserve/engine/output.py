@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aserve.core.scheduler import Commit, Scheduler, TokenUpdate
 from aserve.core.sequence import Sequence, SequenceGroup, SequenceStatus
 from aserve.engine.pooling import embedding_of
+from aserve.engine.report import facts
 from aserve.engine.stats import EngineStats
 from aserve.engine.stream import Mailbox
 from aserve.errors import AserveError, RequestFailedError
@@ -25,6 +26,9 @@ from aserve.messages.outputs import (
 from aserve.messages.step import SampleLogprobs
 from aserve.tokenizer.detokenizer import Detokenizer
 from aserve.tokenizer.stop import StopChecker
+
+if TYPE_CHECKING:
+    import numpy as np
 
 logger = logging.getLogger(__name__)
 
@@ -132,9 +136,13 @@ class OutputProcessor:
         state = self.states.get(seq.group.request_id)
         if state is None:
             return
-        text = self._text_of(state, seq)
-        self._flush(text, seq)
-        self._emit(state, [seq], time.time())
+        try:
+            text = self._text_of(state, seq)
+            self._flush(text, seq)
+        except Exception as error:
+            self._give_up(state, "making its text", error)
+        else:
+            self._emit(state, [seq], time.time())
 
     # ---------------------------------------------------------------- steps
 
@@ -167,24 +175,40 @@ class OutputProcessor:
             try:
                 self._advance(state.texts.get(seq.seq_id) or self._text_of(state, seq), update)
             except Exception as error:  # one request's text must never end the loop for all others
-                logger.exception("request %s failed while its text was made", request_id)
-                for sibling in group.unfinished:
-                    self._scheduler.finish(sibling, SequenceStatus.FINISHED_FAILED)
-                changes.failed.append((group, f"making its text failed ({type(error).__name__})"))
+                self._give_up(state, "making its text", error)
         for last, count in waited.items():
             self._stats.on_output_token((now - last) / changes.steps, count * changes.steps)
         for group, reason in changes.failed:
-            self._stats.on_failed("request")
-            self.request_log.failed(group.request_id, cause=reason)
-            self.fail(group.request_id, RequestFailedError(f"the request could not be completed: {reason}"))
-            dirty.pop(group.request_id, None)
-        for state, seqs in dirty.values():
-            self._emit(state, seqs, now)
+            failed = states.get(group.request_id)
+            if failed is not None:
+                self._tell_failed(failed, reason)
+        for request_id, (state, seqs) in dirty.items():
+            if request_id in states:  # otherwise it has failed
+                self._emit(state, seqs, now)
         for group, vector in changes.pooled:
-            pooled = self.states.pop(group.request_id, None)
+            pooled = states.get(group.request_id)
             if pooled is not None:
-                self._count_finished(group, now)
-                pooled.sink(embedding_of(group, vector))
+                self._emit_vector(pooled, vector, now)
+
+    def log_end(self, cause: str, group: SequenceGroup) -> None:
+        """The one line that every request ends with."""
+        if self.request_log.active:
+            self.request_log.ended(cause, facts(group, time.time()))
+
+    def _give_up(self, state: RequestState, what: str, error: Exception) -> None:
+        """Ends one request whose output cannot be made; nobody else's is touched."""
+        group = state.group
+        logger.error("request %s: %s failed", group.request_id, what, exc_info=error)
+        for sibling in group.unfinished:
+            self._scheduler.finish(sibling, SequenceStatus.FINISHED_FAILED)
+        self._tell_failed(state, f"{what} failed ({type(error).__name__})")
+
+    def _tell_failed(self, state: RequestState, reason: str) -> None:
+        self.states.pop(state.group.request_id, None)
+        self._stats.on_failed("request")
+        self.log_end(f"failed: {reason}", state.group)
+        if state.mailbox is not None:
+            state.mailbox.fail(RequestFailedError(f"the request could not be completed: {reason}"))
 
     def _text_of(self, state: RequestState, seq: Sequence) -> SequenceText:
         text = state.texts.get(seq.seq_id)
@@ -253,12 +277,27 @@ class OutputProcessor:
     # ---------------------------------------------------------------- outputs
 
     def _emit(self, state: RequestState, changed: list[Sequence], now: float) -> None:
+        try:
+            self._tell(state, changed, now)
+        except Exception as error:
+            self._give_up(state, "handing its output out", error)
+
+    def _emit_vector(self, state: RequestState, vector: np.ndarray, now: float) -> None:
+        group = state.group
+        self.states.pop(group.request_id, None)
+        try:
+            state.sink(embedding_of(group, vector))
+        except Exception as error:
+            self._give_up(state, "making its vector", error)
+        else:
+            self._count_finished(group, now)
+
+    def _tell(self, state: RequestState, changed: list[Sequence], now: float) -> None:
         group = state.group
         # Without an ended sequence among those that changed, nothing can have ended now.
         finished = any(seq.status >= SequenceStatus.FINISHED_STOPPED for seq in changed) and group.finished
         if finished:
             self.states.pop(group.request_id, None)
-            self._count_finished(group, now)
         elif state.whole:
             return
         streamed = state.kind is OutputKind.DELTA and not state.whole
@@ -280,6 +319,8 @@ class OutputProcessor:
                 num_cached_tokens=group.num_cached_tokens,
             )
         )
+        if finished:
+            self._count_finished(group, now)
 
     @staticmethod
     def _best(group: SequenceGroup) -> list[Sequence]:
@@ -355,16 +396,13 @@ class OutputProcessor:
     def _count_finished(self, group: SequenceGroup, now: float) -> None:
         if group.seqs[0].status is SequenceStatus.FINISHED_IGNORED:
             self._stats.on_rejected("prompt_too_long")
+            self.log_end("prompt too long", group)
             return
         if any(seq.status is SequenceStatus.FINISHED_ABORTED for seq in group.seqs):
             return  # counted by whoever aborted it
-        self.request_log.finished(
-            group.request_id,
-            reasons=[seq.finish_reason for seq in group.seqs],
-            prompt_tokens=group.num_prompt_tokens,
-            generation_tokens=sum(seq.num_output_tokens for seq in group.seqs),
-            seconds=now - group.arrival_time,
-        )
+        self.log_end(",".join(str(seq.finish_reason) for seq in group.seqs), group)
+        if group.first_scheduled_time is not None:
+            self._stats.on_scheduled(group.first_scheduled_time - group.arrival_time)
         self._stats.on_finished(
             e2e=now - group.arrival_time,
             prompt_tokens=group.num_prompt_tokens,

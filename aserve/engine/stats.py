@@ -6,9 +6,8 @@ aserve's own carry ``aserve:``. All calls belong to the thread of the engine's l
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from aserve.metrics import Metrics, one_two_five
@@ -20,9 +19,6 @@ logger = logging.getLogger(__name__)
 
 LOG_INTERVAL = 5.0
 """Seconds between two lines of statistics while steps are made."""
-
-LAG_INTERVAL = 0.25
-"""Seconds between two measurements of the event loop's lag."""
 
 TTFT_BOUNDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 TPOT_BOUNDS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
@@ -110,6 +106,18 @@ class EngineStats:
         self._lag = metrics.histogram(
             "aserve:event_loop_lag_seconds", "How late the event loop runs a timer that is due.", LAG_BOUNDS
         )
+        self._tasks = metrics.gauge("aserve:event_loop_tasks", "Unfinished tasks of the event loop.")
+        self._queue_time = metrics.histogram(
+            "vllm:request_queue_time_seconds",
+            "From arrival to the first step, of finished requests.",
+            TTFT_BOUNDS,
+        )
+        self._ledger = metrics.labelled(
+            "aserve:requests_total",
+            "What became of every request; received is the sum of the others and of those unfinished.",
+            "state",
+            ("received", "finished", "aborted", "rejected", "failed"),
+        )
         self._logged_at: float | None = None
         self._logged_prompt = 0
         self._logged_generation = 0
@@ -142,6 +150,19 @@ class EngineStats:
         self._swapped.value = swapped
         self._gpu_cache.value = gpu_cache_usage
         self._cpu_cache.value = cpu_cache_usage
+
+    def set_tasks(self, count: int) -> None:
+        self._tasks.value = count
+
+    def set_ledger(self, counts: Mapping[str, int]) -> None:
+        """Requests received so far, and what became of them."""
+        for state, count in counts.items():
+            self._ledger.children[state].value = count
+
+    def on_scheduled(self, seconds: float) -> None:
+        """A request waited ``seconds`` for its first step."""
+        if self.enabled:
+            self._queue_time.observe(seconds)
 
     def on_step(
         self,
@@ -272,12 +293,3 @@ class EngineStats:
         if self.refresh is not None:
             self.refresh()
         return self._metrics.render()
-
-
-async def watch_loop_lag(stats: EngineStats, interval: float = LAG_INTERVAL) -> None:
-    """Measure, until cancelled, how late the running loop wakes a sleeper."""
-    loop = asyncio.get_running_loop()
-    while True:
-        due = loop.time() + interval
-        await asyncio.sleep(interval)
-        stats.on_loop_lag(loop.time() - due)

@@ -92,7 +92,7 @@ class OutputStream:
     EngineDeadError when the request ended by an error.
     """
 
-    def __init__(self, request_id: str, mailbox: Mailbox, abort: Callable[[str], None]) -> None:
+    def __init__(self, request_id: str, mailbox: Mailbox, abort: Callable[[str, str], None]) -> None:
         self.request_id = request_id
         self._mailbox = mailbox
         self._abort = abort
@@ -142,11 +142,14 @@ class OutputStream:
             raise RequestFailedError(f"request {self.request_id} was aborted before it had any output")
         return last
 
-    def close(self) -> None:
-        """Aborts the request if it is unfinished. Never blocks; may be called again."""
+    def close(self, cause: str = "caller") -> None:
+        """Aborts the request if it is unfinished. Never blocks; may be called again.
+
+        cause: what the log and the metrics call it; one of a few fixed words.
+        """
         if not self._mailbox.ended:
             self._mailbox.end()
-            self._abort(self.request_id)
+            self._abort(self.request_id, cause)
 
     def __del__(self) -> None:
         # The collector may run in any thread, and after the loop has closed.
@@ -154,10 +157,10 @@ class OutputStream:
             self._loop.call_soon_threadsafe(_close_late, self._mailbox, self._abort, self.request_id)
 
 
-def _close_late(mailbox: Mailbox, abort: Callable[[str], None], request_id: str) -> None:
+def _close_late(mailbox: Mailbox, abort: Callable[[str, str], None], request_id: str) -> None:
     if not mailbox.ended:
         mailbox.end()
-        abort(request_id)
+        abort(request_id, "dropped")
 
 
 def merge_deltas(first: RequestOutput, second: RequestOutput) -> RequestOutput:

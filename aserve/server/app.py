@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import signal
 import sys
-from collections.abc import AsyncGenerator, Callable
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import orjson
@@ -12,9 +16,10 @@ from quart import Quart, Request, Response, request
 from quart.json.provider import JSONProvider
 
 from aserve.errors import AserveError
-from aserve.server import errors, ops_api
+from aserve.server import admin_api, errors, openapi, ops_api
 from aserve.server.anthropic import messages
 from aserve.server.connection import Connection, Exchanges
+from aserve.server.keys import KeyRing
 from aserve.server.openai import chat, completions, embeddings, models, responses, tokenization
 from aserve.server.security import Cors, HttpMiddleware, KeyGuard, load_middleware
 from aserve.server.service import Service, client_request_id, new_id
@@ -30,7 +35,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BLUEPRINTS = (ops_api, models, completions, chat, responses, messages, embeddings, tokenization)
+BLUEPRINTS = (
+    ops_api, openapi, admin_api, models, completions, chat, responses, messages, embeddings, tokenization,
+)  # fmt: skip
 
 
 class OrjsonProvider(JSONProvider):
@@ -114,23 +121,24 @@ def create_app(
     for module in BLUEPRINTS:
         app.register_blueprint(module.blueprint)
     errors.register(app)
-    _add_hooks(app, server_args)
+    keys = KeyRing(server_args.api_key or (), server_args.api_key_file)
+    _add_hooks(app, server_args, keys)
     _add_middleware(app, server_args.middleware)
 
     @app.while_serving
     async def own_engine() -> AsyncGenerator[None, None]:
         shared.start(engine if engine is not None else _make_engine(engine_args))
-        yield
+        with _reloading(keys, server_args.api_key_file):
+            yield
         await shared.stop()
 
     return app
 
 
-def _add_hooks(app: App, args: ServerArgs) -> None:
+def _add_hooks(app: App, args: ServerArgs, keys: KeyRing) -> None:
     cors = Cors(args)
     app.before_request(cors.preflight)
-    if args.api_key:
-        app.before_request(KeyGuard(args.api_key).check)
+    app.before_request(KeyGuard(keys).check)
 
     async def identify(response: Response) -> Response:
         response.headers["X-Request-Id"] = client_request_id() or new_id("req")
@@ -146,6 +154,20 @@ def _add_middleware(app: App, paths: list[str]) -> None:
     app.http_middleware = functions
     for cls in classes:
         app.asgi_app = cls(app.asgi_app)  # type: ignore[method-assign]
+
+
+@contextmanager
+def _reloading(keys: KeyRing, path: str | None) -> Iterator[None]:
+    """Has SIGHUP read the key file again, if there is one."""
+    if path is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, keys.reload)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 def _make_engine(engine_args: AsyncEngineArgs | None) -> AsyncLLMEngine:

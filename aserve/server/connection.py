@@ -13,6 +13,7 @@ from quart import Response
 from quart.asgi import ASGIHTTPConnection
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.event import ensure_bytes
+from sse_starlette.sse import SendTimeoutError
 
 from aserve.server.direct import ChunkWriter, LiveEvents, writer_behind
 
@@ -70,9 +71,12 @@ class EventStream(Response):
     def source(self, writer: ChunkWriter | None = None) -> EventSourceResponse:
         """The ASGI application that sends it; what ``writer`` can take goes past it."""
         events = self.events
+        on_slow: Callable[[], None] = self.on_close
         if isinstance(events, LiveEvents):
+            on_slow = events.give_up
             events = events.plain() if writer is None else events.direct(writer)
         return _Source(
+            on_slow,
             events,
             status_code=self.status_code,
             headers=dict(self.headers),
@@ -89,6 +93,17 @@ class _Source(EventSourceResponse):
     It watches for uvicorn's shutdown and for a disconnect in a task each. Here the engine ends streams at
     shutdown, and a disconnect arrives as cancellation; a task for the ping is made when one is due.
     """
+
+    def __init__(self, on_slow: Callable[[], None], *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._on_slow = on_slow
+
+    async def _send_with_timeout(self, send: Any, message: Any) -> None:
+        try:
+            await super()._send_with_timeout(send, message)
+        except SendTimeoutError:
+            self._on_slow()
+            raise
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["method"] == "HEAD":

@@ -124,6 +124,10 @@ class LiveEvents:
         self._waiter: asyncio.Future[None] | None = None
         self._failure: Exception | None = None
 
+    def give_up(self) -> None:
+        """Aborts the call of a client that has not read for too long."""
+        self._streams.close("slow_client")
+
     async def plain(self) -> AsyncIterator[bytes]:
         """Every event, to be sent by whoever iterates."""
         try:
@@ -133,6 +137,7 @@ class LiveEvents:
                     yield data
             last = self._call.ending()
         except Exception as error:  # after the head, every failure is an event
+            self._streams.close("error")
             last = self._tell(error)
         finally:
             self._streams.close()
@@ -164,6 +169,7 @@ class LiveEvents:
                     yield data
             last = self._call.ending()
         except Exception as error:  # after the head, every failure is an event
+            self._streams.close("error")
             last = self._tell(error)
         finally:
             stream.listen(None)
@@ -190,13 +196,16 @@ class LiveEvents:
         if stream.ended or not writer.clear:
             waiter.set_result(None)
             return
-        output = stream.take()
-        if output is None:
-            return
         try:
-            data = self._call.events_of(0, output)
-            if data:
-                writer.write(data)
+            self._hand_over(stream, writer)
         except Exception as error:
             self._failure = error
             waiter.set_result(None)
+
+    def _hand_over(self, stream: OutputStream, writer: ChunkWriter) -> None:
+        output = stream.take()
+        if output is None:
+            return
+        data = self._call.events_of(0, output)
+        if data:
+            writer.write(data)

@@ -11,7 +11,7 @@ import orjson
 from quart import Response
 from werkzeug.exceptions import HTTPException
 
-from aserve.errors import AserveError, ConfigError
+from aserve.errors import AserveError, ConfigError, without_private
 from aserve.server import sse
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def error_object(status: int, message: str, kind: str, param: str | None = None)
 def describe(error: AserveError) -> dict[str, Any]:
     """The error object of ``error``; a ConfigError raised by a request is the server's fault."""
     status = 500 if isinstance(error, ConfigError) else error.status
-    return error_object(status, error.message, error.type, error.param)
+    message = error.message if status < 500 else without_private(error.message)
+    return error_object(status, message, error.type, error.param)
 
 
 def error_response(described: dict[str, Any], headers: dict[str, str] | None = None) -> Response:

@@ -8,9 +8,9 @@ import orjson
 from quart import Blueprint, Response, send_from_directory
 
 import aserve
-from aserve.errors import EngineBusyError
+from aserve.errors import EngineBusyError, EngineDeadError
 from aserve.server.security import open_to_all
-from aserve.server.service import service
+from aserve.server.service import Condition, service
 
 STATIC = Path(__file__).parent / "static"
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
@@ -21,38 +21,41 @@ blueprint = Blueprint("ops", __name__)
 @blueprint.get("/health")
 @open_to_all
 async def health() -> Response:
-    """200 when requests are served, 503 while loading or draining, 500 when the engine is dead."""
-    await service().check()
-    return Response("")
+    """200 when requests are served, 500 when the engine is dead, 503 otherwise. Being busy is no reason."""
+    condition, reason = service().condition()
+    if condition is Condition.DEAD:
+        raise EngineDeadError(reason)
+    return _answer(condition is Condition.SERVING, reason)
 
 
 @blueprint.get("/health/ready")
 @open_to_all
 async def ready() -> Response:
-    """The same as ``/health``, under the name of a readiness probe."""
-    await service().check()
-    return Response("")
+    """200 when requests are served; 503 while loading, draining or stalled, and when dead."""
+    condition, reason = service().condition()
+    return _answer(condition is Condition.SERVING, reason)
 
 
 @blueprint.get("/health/live")
 @open_to_all
 async def live() -> Response:
-    """500 when only a restart helps; 200 otherwise, also while loading and draining."""
-    try:
-        await service().check()
-    except EngineBusyError:
-        return Response("")
+    """503 when only a restart helps: the engine is dead, or has work and does not get on with it."""
+    condition, reason = service().condition()
+    return _answer(condition not in (Condition.DEAD, Condition.STALLED), reason)
+
+
+def _answer(well: bool, reason: str) -> Response:
+    if not well:
+        raise EngineBusyError(reason)
     return Response("")
 
 
 @blueprint.get("/version")
-@open_to_all
 async def version() -> Response:
     return Response(orjson.dumps({"version": aserve.__version__}), content_type="application/json")
 
 
 @blueprint.get("/metrics")
-@open_to_all
 async def metrics() -> Response:
     """Prometheus text; empty before the model is loaded and with ``--disable-log-stats``."""
     shared = service()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import logging
 import re
 import secrets
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from quart import current_app, request
+from quart import current_app, g, request
 
 from aserve.errors import AserveError, EngineBusyError, EngineDeadError
 from aserve.server.direct import Courier
@@ -22,6 +23,21 @@ logger = logging.getLogger(__name__)
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._:/+=@-]")
 MAX_REQUEST_ID = 128
+
+
+LAST_WORDS_SECONDS = 1.0
+"""Seconds between the engine's death and the end of the process."""
+
+
+class Condition(enum.Enum):
+    """What the health routes tell apart."""
+
+    STARTING = enum.auto()
+    SERVING = enum.auto()
+    DRAINING = enum.auto()
+    STALLED = enum.auto()
+    """There is work and no step has finished for longer than ``stall_timeout``."""
+    DEAD = enum.auto()
 
 
 class Service:
@@ -58,6 +74,7 @@ class Service:
     def start(self, engine: AsyncLLMEngine) -> None:
         """Begins to load ``engine``; the port can open meanwhile."""
         self.engine = engine
+        engine.on_dead = self._engine_died
         self._loading = asyncio.create_task(engine.start(), name="load engine")
         self._loading.add_done_callback(self._loaded)
 
@@ -81,6 +98,12 @@ class Service:
             )
         if self.on_fatal is not None:
             self.on_fatal()
+
+    def _engine_died(self) -> None:
+        """Ends the process, once those whose requests have failed had a moment to be told."""
+        logger.critical("the engine is dead: the server ends")
+        if self.on_fatal is not None:
+            asyncio.get_running_loop().call_later(LAST_WORDS_SECONDS, self.on_fatal)
 
     async def stop(self) -> None:
         if self._loading is not None and not self._loading.done():
@@ -112,15 +135,22 @@ class Service:
             raise EngineDeadError("the model could not be loaded")
         return self.engine
 
-    async def check(self) -> None:
-        """Raises EngineBusyError if requests cannot be served now, EngineDeadError if never again."""
+    def condition(self) -> tuple[Condition, str]:
+        """How the engine is, and why in one sentence. Looks at what is known and waits for nothing."""
         if self.load_error is not None:
-            raise EngineDeadError("the model could not be loaded")
+            return Condition.DEAD, "the model could not be loaded"
         if not self.loaded or self.engine is None:
-            raise EngineBusyError("the model is being loaded")
-        await self.engine.check_health()
+            return Condition.STARTING, "the model is being loaded"
+        try:
+            self.engine.check()
+        except EngineDeadError as error:
+            return Condition.DEAD, error.message
+        seconds = self.engine.stalled_for()
+        if seconds > self.args.stall_timeout:
+            return Condition.STALLED, f"requests wait and no step has finished for {seconds:.0f} s"
         if self.draining is not None:
-            raise EngineBusyError(self.draining)
+            return Condition.DRAINING, self.draining
+        return Condition.SERVING, ""
 
     def refuse_new(self, reason: str) -> None:
         """From now on every new request is answered 503; running ones go on."""
@@ -160,7 +190,11 @@ def client_request_id() -> str | None:
 
 
 def log_client_id(request_id: str) -> None:
-    """Ties our request id to the client's in the log."""
-    given = client_request_id()
-    if given is not None and service().log_requests:
+    """Ties our request id to the client's, and to the name of its key, in the log."""
+    given, key = client_request_id(), g.get("key_name")
+    if not service().log_requests:
+        return
+    if given is not None:
         logger.info("%s has X-Request-Id %s", request_id, given)
+    if key is not None:
+        logger.info("%s has key %s", request_id, key)

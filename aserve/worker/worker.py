@@ -16,6 +16,7 @@ from aserve.model.loader import load_model
 from aserve.sampling.sampler import Sampled, SamplerState
 from aserve.worker import kv_cache
 from aserve.worker.batch_state import BatchState, ModelInputs
+from aserve.worker.contained import ContainedRows
 
 MAX_STEPS = 16
 """Most steps of one plan."""
@@ -79,6 +80,7 @@ class Worker:
         num_slots = config.scheduler.max_num_seqs
         self.batch = BatchState(num_slots, config.model.max_model_len, block_size, self.device)
         self.sampler = SamplerState(num_slots, config.model.vocab_size, self.device)
+        self.rows = ContainedRows(self.sampler)
         cache_gib = num_blocks * block_bytes / 2**30
         clock.lap("KV cache")
         self._warm_up()
@@ -109,17 +111,9 @@ class Worker:
     def _run(self, plan: StepPlan) -> StepResult:
         self.batch.apply(plan)
         for new in plan.new:
-            cut = new.num_prompt_tokens
-            self.sampler.add(
-                new.slot,
-                new.params,
-                new.rng_seed,
-                new.token_ids[:cut],
-                new.token_ids[cut:],
-                new.eos_token_id,
-            )
+            self.rows.add(new)
         for fork in plan.forks:
-            self.sampler.fork(fork.slot, fork.parent_slot, fork.rng_seed)
+            self.rows.fork(fork)
         if plan.swap_outs:
             kv_cache.move_blocks(self.caches, self.swap_space, plan.swap_outs)
         if plan.swap_ins:
@@ -196,8 +190,8 @@ class Worker:
             rows = [place[row] for row in rows]
         else:
             rows = list(range(len(rows)))
-        logits = self.model.compute_logits(hidden)
-        sampled = self.sampler.sample(logits, rows, [slot for _, slot in plan.samples])
+        slots = [slot for _, slot in plan.samples]
+        sampled = self.rows.sample(lambda: self.model.compute_logits(hidden), rows, slots)
         self.batch.store_drawn(plan, sampled.token_ids)
         return sampled
 
@@ -248,7 +242,7 @@ class Worker:
             for at in range(0, count, piece):
                 end = min(at + piece, count)
                 logits = self.model.compute_logits(hidden[first + at : first + end])
-                entries += self.sampler.prompt_logprobs(logits, targets[at:end], plan.slots[row])
+                entries += self.rows.prompt_logprobs(logits, targets[at:end], plan.slots[row])
             results[row] = entries
         return results or None
 

@@ -105,6 +105,8 @@ ENGINE_FLAGS: list[tuple[str, list[str], Any]] = [
     ("num_scheduler_steps", ["4"], 4),
     ("max_decode_slowdown", ["3.5"], 3.5),
     ("overlap", ["0"], 0),
+    ("guided_compile_timeout", ["1.5"], 1.5),
+    ("guided_cache_size", ["64"], 64),
     ("engine_use_ray", [], True),
     ("disable_log_requests", [], True),
     ("max_log_len", ["20"], 20),
@@ -125,6 +127,8 @@ SERVER_FLAGS: list[tuple[str, list[str], Any]] = [
     ("strict_fields", [], True),
     ("drain_timeout", ["1.5"], 1.5),
     ("max_body_size", ["1000"], 1000),
+    ("stall_timeout", ["9.5"], 9.5),
+    ("api_key_file", ["keys"], "keys"),
 ]
 TLS_FLAGS = {"ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs"}
 
@@ -210,7 +214,7 @@ def test_empty_values_mean_no_value(name: str, empty: str) -> None:
 
 def test_empty_server_values_mean_no_value() -> None:
     argv = ["m", "--host", "None", "--api-key", "", "--response-role", "None", "--middleware", ""]
-    assert parse_serve_args(argv)[1] == ServerArgs()
+    assert parse_serve_args(argv)[1] == ServerArgs(host=None)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from aserve.errors import (
     EngineDeadError,
     InvalidRequestError,
     QueueFullError,
+    RequestFailedError,
 )
 from aserve.messages.inputs import OutputKind, PoolingParams, RequestOptions
 from aserve.messages.outputs import (
@@ -62,12 +63,15 @@ class FakeTokenizer:
         documents: Any = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         tokenize: bool = True,
         **kwargs: Any,
     ) -> str:
         if any(message["role"] == "forbidden" for message in conversation):
             raise ValueError("this template knows no role forbidden")
         self.variables = {"documents": documents, **kwargs}
+        if continue_final_message:
+            self.variables["continue_final_message"] = True
         text = "".join(f"<{message['role']}>{message['content']}" for message in conversation)
         return text + ("<assistant>" if add_generation_prompt else "")
 
@@ -126,10 +130,13 @@ class FakeEngine:
         self.failure: AserveError = EngineBusyError("failed on demand")
         self.failed: EngineDeadError | None = None
         self.refusal: str | None = None
+        self.stalled = 0.0
+        self.on_dead: Any = None
         self.full: QueueFullError | None = None
         self.cached: int | None = None
         self.submitted: list[SimpleNamespace] = []
         self.aborted: list[str] = []
+        self.causes: list[str] = []
         self.stopped = False
         self.tokenizer = FakeTokenizer()
         self._running: dict[str, tuple[asyncio.Task[None], Mailbox]] = {}
@@ -152,7 +159,13 @@ class FakeEngine:
         self.failed = EngineDeadError(reason)
         self._fail_all(self.failed)
 
+    def stalled_for(self) -> float:
+        return self.stalled
+
     async def check_health(self) -> None:
+        self.check()
+
+    def check(self) -> None:
         if self.failed is not None:
             raise self.failed
 
@@ -197,6 +210,17 @@ class FakeEngine:
         mailbox.put(EmbeddingRequestOutput(request_id, EmbeddingOutput(vector.tolist()), ids))  # type: ignore[arg-type]
         return OutputStream(request_id, mailbox, self._abort)
 
+    def unfinished(self) -> list[dict[str, Any]]:
+        return [{"id": request_id} for request_id in self._running]
+
+    def end_request(self, request_id: str, reason: str) -> bool:
+        if request_id not in self._running:
+            return False
+        task, mailbox = self._running[request_id]
+        mailbox.fail(RequestFailedError(reason))
+        task.cancel()
+        return True
+
     async def check_room(self) -> None:
         if self.full is not None:
             raise self.full
@@ -207,8 +231,9 @@ class FakeEngine:
         if self.refusal is not None:
             raise EngineBusyError(self.refusal)
 
-    def _abort(self, request_id: str) -> None:
+    def _abort(self, request_id: str, cause: str = "caller") -> None:
         self.aborted.append(request_id)
+        self.causes.append(cause)
         if request_id in self._running:
             self._running[request_id][0].cancel()
 

@@ -201,13 +201,14 @@ class Hand:
     def __init__(self, padding: int = 0, **options: Any) -> None:
         self.mailbox = Mailbox(OutputKind.DELTA)
         self.aborted: list[str] = []
+        self.causes: list[str] = []
         self.call = Numbers(padding)
         self.closed = asyncio.Event()
         self.app: Quart = make_app(FakeEngine())
 
         @self.app.get("/hand")
         async def hand() -> EventStream:
-            streams = Streams([OutputStream("hand", self.mailbox, self.aborted.append)])
+            streams = Streams([OutputStream("hand", self.mailbox, self.note_abort)])
             live = LiveEvents(streams, self.call, Courier())
 
             def close() -> None:
@@ -215,6 +216,10 @@ class Hand:
                 self.closed.set()
 
             return EventStream(live, on_close=close, **options)
+
+    def note_abort(self, request_id: str, cause: str) -> None:
+        self.aborted.append(request_id)
+        self.causes.append(cause)
 
     def put(self, number: int, last: bool = False) -> None:
         output = CompletionOutput(0, "", [number], 0.0, None, "length" if last else None)
@@ -277,7 +282,7 @@ async def test_a_reader_that_never_reads_is_given_up() -> None:
                 hand.put(number)
                 number += 1
                 await asyncio.sleep(0.001)
-    assert hand.aborted == ["hand"]
+    assert hand.aborted == ["hand"] and hand.causes == ["slow_client"]
 
 
 async def test_an_output_that_cannot_be_told_ends_the_stream_with_an_error() -> None:

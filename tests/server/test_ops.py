@@ -55,13 +55,15 @@ async def test_health_over_the_engines_life(engine: FakeEngine) -> None:
         assert answer.status_code == 503
         assert answer.headers["Retry-After"] == "1"
         assert (await answer.get_json())["message"] == "going away"
+        # Stalled: there is work and it does not get on; a queue alone, however long, is no such thing.
+        app.extensions["aserve"].draining = None
+        engine.stalled = 119.0
+        assert await health(client) == [200, 200, 200]
+        engine.stalled = 121.0
+        assert await health(client) == [503, 503, 503]
         # Dead.
         engine.die("the loop has ended")
-        assert await health(client) == [
-            500,
-            500,
-            500,
-        ]
+        assert await health(client) == [500, 503, 503]
     assert engine.stopped
 
 
@@ -85,7 +87,7 @@ async def test_a_load_that_fails(engine: FakeEngine, caplog: pytest.LogCaptureFi
         await asyncio.sleep(0.01)
         engine.loading.set()
         assert (await waiting).status_code == 500
-        assert await status(client, "/health/live") == 500
+        assert await status(client, "/health/live") == 503
     assert fatal == [True]
     lines = [r for r in caplog.records if "could not be loaded" in r.getMessage()]
     assert lines[0].getMessage() == "the model could not be loaded: no weights in /models/x"

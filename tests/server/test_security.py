@@ -1,30 +1,41 @@
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
 from quart import Quart, Request, Response
 
 from aserve.errors import ConfigError
-from aserve.server.security import KeyGuard, load_middleware
-from tests.server.conftest import make_app, post, raw
+from aserve.server.keys import KeyRing
+from aserve.server.security import load_middleware
+from tests.server.conftest import make_app, post, raw, running, until
 from tests.server.fake_engine import FakeEngine
 
 KEYS = ["first-key", "clé-two"]
 
-OPEN = {"/health", "/health/live", "/health/ready", "/version", "/metrics", "/", "/static/<path:name>"}
+OPEN = {"/health", "/health/live", "/health/ready", "/", "/static/<path:name>"}
 KEYED = {
     "/v1/models",
     "/v1/models/<path:name>",
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/responses",
+    "/v1/responses/input_tokens",
     "/v1/messages",
     "/v1/messages/count_tokens",
     "/v1/embeddings",
     "/tokenize",
     "/detokenize",
     "/tokenizer_info",
+    "/openapi.json",
+    "/version",
+    "/metrics",
+    "/admin/requests",
+    "/admin/requests/<request_id>",
 }
 
 
@@ -40,7 +51,7 @@ async def test_every_route_has_an_auth_decision(engine: FakeEngine) -> None:
         rules = {rule.rule: rule for rule in app.url_map.iter_rules()}
         assert set(rules) == OPEN | KEYED
         for path, rule in rules.items():
-            concrete = path.replace("<path:name>", "index.html")
+            concrete = path.replace("<path:name>", "index.html").replace("<request_id>", "x")
             for method in sorted((rule.methods or set()) - {"OPTIONS"}):
                 answer = await client.open(concrete, method=method)
                 assert (answer.status_code == 401) == (path in KEYED), (method, path)
@@ -63,6 +74,7 @@ async def test_keys(engine: FakeEngine) -> None:
             {"Authorization": "Basic first-key"},
             {"Authorization": "Bearer"},
             {"X-Api-Key": "first-key"},
+            {"X-Api-Key": "first-key", "Authorization": "Bearer wrong"},
         ]
         for headers in wrong:
             answer = await client.get("/v1/models", headers=headers)
@@ -92,11 +104,11 @@ def test_keys_are_compared_as_digests(monkeypatch: pytest.MonkeyPatch) -> None:
         return compare(a, b)
 
     monkeypatch.setattr(hmac, "compare_digest", spy)
-    guard = KeyGuard(["one", "two", "three"])
-    assert guard.accepts(["Bearer one"])
+    ring = KeyRing(["one", "two", "three"])
+    assert ring.find(["Bearer one"]) is not None
     assert len(compared) == 3  # the rest is compared after a match too
     assert {len(side) for pair in compared for side in pair} == {32}
-    assert not guard.accepts(["Bearer one", "Bearer two"])
+    assert ring.find(["Bearer one", "Bearer two"]) is None
 
 
 TARGETS = [
@@ -343,3 +355,118 @@ async def test_post_helper_sends_what_a_client_would(serving: Any) -> None:
         port, post("/v1/completions", body, "Connection: close", "Authorization: Bearer first-key")
     )
     assert answer.startswith(b"HTTP/1.1 200")
+
+
+# ---------------------------------------------------------------- key files and the admin scope
+
+
+def test_a_key_file(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# ours\nplain\nalice secret-a\n\nroot secret-r admin  # the boss\n")
+    ring = KeyRing(["given"], str(path))
+    found = {secret: ring.find([f"Bearer {secret}"]) for secret in ("given", "plain", "secret-a", "secret-r")}
+    assert {secret: (key.name, key.admin) for secret, key in found.items() if key is not None} == {
+        "given": ("key-1", False),
+        "plain": ("line-2", False),
+        "secret-a": ("alice", False),
+        "secret-r": ("root", True),
+    }
+    assert ring.find(["Bearer alice"]) is None
+    assert ring.find([], ["secret-a"]) == found["secret-a"]
+    assert b"secret" not in repr(vars(ring)).encode()
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "a b c\n", "a b admin d\n"])
+def test_a_key_file_that_cannot_be_used(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "keys"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="api_key_file") as refused:
+        KeyRing([], str(path))
+    assert refused.value.param == "api_key_file"
+    with pytest.raises(ConfigError, match="cannot read"):
+        KeyRing([], str(tmp_path / "none"))
+
+
+async def test_a_hangup_changes_the_keys(
+    engine: FakeEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text("alice one-secret\n")
+    app = make_app(engine, api_key_file=str(path))
+    async with app.test_app():
+        client = app.test_client()
+
+        async def accepted(secret: str) -> bool:
+            return bool((await client.get("/v1/models", headers=bearer(secret))).status_code == 200)
+
+        assert await accepted("one-secret")
+        path.write_text("bob two-secret\n")
+        os.kill(os.getpid(), signal.SIGHUP)
+        await until_true(lambda: accepted("two-secret"))
+        assert not await accepted("one-secret")
+        path.write_text("what is this nonsense-secret\n")
+        os.kill(os.getpid(), signal.SIGHUP)
+        for _ in range(100):
+            if "stay as they were" in caplog.text:
+                break
+            await asyncio.sleep(0.02)
+        assert await accepted("two-secret")
+    assert "stay as they were: api_key_file: line 1" in caplog.text
+    assert "secret" not in caplog.text
+
+
+async def until_true(holds: Any) -> None:
+    async with asyncio.timeout(5):
+        while not await holds():  # noqa: ASYNC110 - what is waited for is on the other side
+            await asyncio.sleep(0.01)
+
+
+async def test_the_admin_scope(engine: FakeEngine, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("alice user-key\nroot admin-key admin\n")
+    app = make_app(engine, api_key_file=str(path))
+    async with app.test_app():
+        client = app.test_client()
+        assert (await client.get("/admin/requests")).status_code == 401
+        answer = await client.get("/admin/requests", headers=bearer("user-key"))
+        assert answer.status_code == 403
+        assert (await answer.get_json())["error"]["type"] == "PermissionDeniedError"
+        assert (await client.get("/v1/models", headers=bearer("admin-key"))).status_code == 200
+        engine.gate.clear()
+        body = {"model": "fake", "prompt": "x", "max_tokens": 3}
+        pending = asyncio.create_task(client.post("/v1/completions", json=body, headers=bearer("user-key")))
+        await until(lambda: engine.num_unfinished == 1)
+        answer = await client.get("/admin/requests", headers=bearer("admin-key"))
+        (one,) = (await answer.get_json())["requests"]
+        url = f"/admin/requests/{one['id']}"
+        assert (await client.delete(url, headers=bearer("user-key"))).status_code == 403
+        assert (await client.delete(url, headers=bearer("admin-key"))).status_code == 200
+        assert (await pending).status_code == 500
+        assert (await client.delete(url, headers=bearer("admin-key"))).status_code == 404
+
+
+async def test_without_an_admin_key_nobody_is_admin(engine: FakeEngine) -> None:
+    for keys, status in ((None, 401), (["some-key"], 403)):
+        app = make_app(engine, api_key=keys)
+        async with app.test_app():
+            answer = await app.test_client().get("/admin/requests", headers=bearer("some-key"))
+            assert answer.status_code == status
+
+
+async def test_nothing_private_is_logged(engine: FakeEngine, caplog: pytest.LogCaptureFixture) -> None:
+    """S21: keys, prompts and addresses of clients are in no line, whatever happens."""
+    caplog.set_level("DEBUG")
+    app = make_app(engine, api_key=["the-api-key"])
+    async with running(app) as port:
+        for key, prompt in (("the-api-key", "PRIVATE words"), ("another-key", "PRIVATE"), ("the-api-key", 5)):
+            for stream in (False, True):
+                body = {"model": "fake", "prompt": prompt, "max_tokens": 2, "stream": stream, "PRIVATE": 1}
+                head = (f"Authorization: Bearer {key}", "Connection: close", "X-Request-Id: a\x1bb")
+                await raw(port, post("/v1/completions", body, *head))
+        engine.fail_after = 1
+        engine.failure = ZeroDivisionError("boom")  # type: ignore[assignment]
+        await raw(port, post("/v1/completions", {**body, "prompt": "PRIVATE"}, *head))
+    text = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("aserve"))
+    assert "key-1" in text  # the key's name, not the key
+    for secret in ("the-api-key", "another-key", "words", "127.0.0.1", "\x1b"):
+        assert secret not in text, secret

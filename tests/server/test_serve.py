@@ -156,6 +156,20 @@ async def test_a_model_that_cannot_be_loaded_ends_the_process() -> None:
         assert "the disk is on fire" in said[0]
 
 
+async def test_a_dead_engine_tells_everybody_and_ends_the_process() -> None:
+    async with server(load="dies") as one, httpx.AsyncClient(base_url=one.base, timeout=20) as client:
+        streams = [await begin(one.base, 4000) for _ in range(4)]
+        for stream in streams:
+            *chunks, error, done = await stream
+            assert chunks and (error["error"]["code"], done) == (500, "[DONE]")
+            assert error["error"]["message"] == "the engine loop has failed: RuntimeError: lost at …"
+        # For a second it still says what has become of it.
+        assert (await client.get("/health")).status_code == 500
+        assert (await client.get("/health/live")).status_code == 503
+        assert await one.ends(5.0) == 1
+    assert sum("the engine is dead" in line for line in one.log) == 1
+
+
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("tls")

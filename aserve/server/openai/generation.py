@@ -72,11 +72,12 @@ class Streams:
         """The last output of every stream, in prompt order."""
         return [await stream.final() for stream in self._streams]
 
-    def close(self) -> None:
+    def close(self, cause: str = "disconnect") -> None:
+        """Aborts what is unfinished, for a ``cause`` as ``OutputStream.close`` takes it."""
         for task in self._pulls.values():
             task.cancel()
         for stream in self._streams:
-            stream.close()
+            stream.close(cause)
 
 
 async def submit(
@@ -96,7 +97,7 @@ async def submit(
                 await engine.submit(prompt.inputs(), chosen, request_id=own, kind=kind, options=options)
             )
     except BaseException:
-        Streams(admitted).close()
+        Streams(admitted).close("sibling_refused")
         raise
     return Streams(admitted)
 
