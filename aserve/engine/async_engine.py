@@ -30,6 +30,7 @@ from aserve.errors import (
     InvalidRequestError,
     RequestFailedError,
 )
+from aserve.guided.base import Grammar, GrammarError
 from aserve.log import RequestLog
 from aserve.messages.inputs import (
     LoRARequest,
@@ -41,7 +42,7 @@ from aserve.messages.inputs import (
     UsageContext,
 )
 from aserve.messages.outputs import EmbeddingRequestOutput, RequestOutput
-from aserve.messages.params import SamplingParams
+from aserve.messages.params import GuidedParams, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -280,9 +281,13 @@ class AsyncLLMEngine:
         if ids is None:
             ids = await self._encode(engine, text or "", True)
             self._check_open()  # draining may have begun, or the engine died, meanwhile
+        grammar = None
+        if isinstance(params, SamplingParams) and params.guided is not None:
+            grammar = await self._compile(engine, params.guided)
+            self._check_open()
         request_id = request_id or uuid.uuid4().hex
         group = engine.input.make_group(
-            request_id, text, ids, params, arrival_time, lora_request, multi_modal_data, options
+            request_id, text, ids, params, arrival_time, lora_request, multi_modal_data, options, grammar
         )
         mailbox = Mailbox(kind)
         self._request_log.accepted(
@@ -376,6 +381,20 @@ class AsyncLLMEngine:
         self._idle.clear()
         try:
             return await self._tokenisers.run(engine.input.encode, text, add_special_tokens)
+        finally:
+            self._tokenizing -= 1
+            if not self.num_unfinished:
+                self._set_idle()
+
+    async def _compile(self, engine: LLMEngine, guided: GuidedParams) -> Grammar:
+        guides = engine.input.guides
+        self._tokenizing += 1
+        self._idle.clear()
+        try:
+            # Shielded: another request may wait for the same grammar.
+            return await asyncio.shield(asyncio.wrap_future(guides.start(guided)))
+        except (GrammarError, InvalidRequestError) as error:
+            raise guides.error(guided, error) from None
         finally:
             self._tokenizing -= 1
             if not self.num_unfinished:

@@ -9,6 +9,9 @@ from typing import Any
 from aserve.config.engine import EngineConfig
 from aserve.core.sequence import SequenceGroup
 from aserve.errors import InvalidRequestError
+from aserve.guided.base import Grammar
+from aserve.guided.compiler import GrammarCompiler
+from aserve.guided.vocabulary import read_vocabulary
 from aserve.messages.inputs import (
     LoRARequest,
     MultiModalData,
@@ -39,6 +42,9 @@ class InputProcessor:
         self._lock = threading.Lock()
         self._longest_piece: int | None = None
         self._fast = tokenizer is not None and tokenizer.is_fast
+        # Not a bound method: the compiler's thread must not keep the engine alive.
+        vocab_size = config.model.vocab_size
+        self.guides = GrammarCompiler(config.decoding, lambda: read_vocabulary(tokenizer, vocab_size))
 
     # ---------------------------------------------------------------- prompts
 
@@ -116,9 +122,7 @@ class InputProcessor:
                 param="use_beam_search",
             )
         if params.guided is not None:
-            raise InvalidRequestError(
-                "guided decoding is not available in this release", param=params.guided.param
-            )
+            self.guides.check(params.guided)
         width = params.best_of or params.n
         max_num_seqs = self._config.scheduler.max_num_seqs
         if width > max_num_seqs:
@@ -152,8 +156,12 @@ class InputProcessor:
         lora_request: LoRARequest | None = None,
         multi_modal_data: MultiModalData | None = None,
         options: RequestOptions | None = None,
+        grammar: Grammar | None = None,
     ) -> SequenceGroup:
-        """A request ready to be queued; ``params`` has passed ``check_params`` and is not modified."""
+        """A request ready to be queued; ``params`` has passed ``check_params`` and is not modified.
+
+        grammar: ``params.guided`` compiled.
+        """
         if lora_request is not None:
             raise InvalidRequestError(
                 f"LoRA is not enabled, so adapter {lora_request.lora_name!r} cannot be used",
@@ -202,4 +210,5 @@ class InputProcessor:
             deadline=None if options.timeout is None else arrival_time + options.timeout,
             cache_salt=options.cache_salt,
             pooling=pooling,
+            grammar=grammar,
         )

@@ -7,6 +7,7 @@ import inspect
 import logging
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch
 from aserve import ops
 from aserve.messages.params import LogitsProcessor, SamplingParams, SamplingType
 from aserve.messages.step import SampleLogprobs
+from aserve.sampling.guided import GuidedRows
 from aserve.sampling.penalties import PenaltyRows
 from aserve.sampling.rng import uniforms
 from aserve.sampling.truncation import truncate
@@ -39,6 +41,7 @@ class _Needs(enum.IntFlag):
     PROCESSORS = 8
     MIN_TOKENS = 16
     LOGPROBS = 32
+    GUIDED = 64
 
 
 @dataclass(slots=True)
@@ -71,7 +74,8 @@ class SamplerState:
 
     The order of operations on a row: logit bias and logits processors, the mask of ``min_tokens``,
     repetition, frequency and presence penalties, temperature, top-k, top-p, min-p, softmax in float32,
-    the draw. Returned log-probabilities come from that softmax.
+    the draw. Tokens that a guide forbids are masked last before the temperature, so that nothing can
+    bring them back. Returned log-probabilities come from that softmax.
     """
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
@@ -79,6 +83,7 @@ class SamplerState:
         self.device = device
         self._rows: dict[int, _Row] = {}
         self._penalties = PenaltyRows()
+        self._guided = GuidedRows(vocab_size, device)
         self._needs = np.zeros(num_slots, dtype=np.int64)
         self._temperature = np.ones(num_slots, dtype=np.float32)
         self._top_k = np.full(num_slots, vocab_size, dtype=np.int64)
@@ -100,8 +105,12 @@ class SamplerState:
         prompt_token_ids: list[int],
         output_token_ids: list[int],
         eos_token_id: int | None,
+        grammar: Any = None,
     ) -> None:
-        """Gives ``slot`` to a sequence; ``output_token_ids`` is what it had drawn before a preemption."""
+        """Gives ``slot`` to a sequence; ``output_token_ids`` is what it had drawn before a preemption.
+
+        grammar: what its output must match (:class:`aserve.guided.base.Grammar`), if anything.
+        """
         needs = 0
         greedy = params.sampling_type is SamplingType.GREEDY
         if not greedy:
@@ -131,6 +140,9 @@ class SamplerState:
                 banned = torch.tensor(usable, device=self.device)
         if params.logprobs is not None:
             needs |= _Needs.LOGPROBS
+        if grammar is not None:
+            needs |= _Needs.GUIDED
+        self._guided.add(slot, grammar, output_token_ids, eos_token_id, params.stop_token_ids or ())
         self._rows[slot] = _Row(
             params, prompt_token_ids, list(output_token_ids) if processors else [], processors, banned
         )
@@ -151,6 +163,7 @@ class SamplerState:
             parent.params, parent.prompt, list(parent.output), parent.processors, parent.banned
         )
         self._penalties.fork(slot, parent_slot)
+        self._guided.fork(slot, parent_slot)
         for column in (
             self._needs,
             self._temperature,
@@ -182,16 +195,28 @@ class SamplerState:
         plain = np.flatnonzero(needs == 0)
         if len(plain) == len(slots):
             sampled = _greedy(logits)
-        elif len(plain) == 0:
-            sampled = self._sample(logits, needs, slots, index)
         else:
-            others = np.flatnonzero(needs)
-            parts = [torch.from_numpy(each).to(logits.device) for each in (plain, others)]
-            chosen = [slots[i] for i in others.tolist()]
-            greedy = _greedy(logits[parts[0]])
-            drawn = self._sample(logits[parts[1]], needs[others], chosen, index[others])
-            sampled = _merge(len(slots), (plain.tolist(), greedy), (others.tolist(), drawn))
+            plain = np.flatnonzero(needs & ~_Needs.GUIDED == 0)
+            if len(plain) == len(slots):
+                sampled = self._likeliest(logits, needs, slots)
+            elif len(plain) == 0:
+                sampled = self._sample(logits, needs, slots, index)
+            else:
+                others = np.flatnonzero(needs & ~_Needs.GUIDED)
+                parts = [torch.from_numpy(each).to(logits.device) for each in (plain, others)]
+                greedy = self._likeliest(logits[parts[0]], needs[plain], [slots[i] for i in plain.tolist()])
+                chosen = [slots[i] for i in others.tolist()]
+                drawn = self._sample(logits[parts[1]], needs[others], chosen, index[others])
+                sampled = _merge(len(slots), (plain.tolist(), greedy), (others.tolist(), drawn))
         self._remember(needs, slots, index, sampled)
+        return sampled
+
+    def _likeliest(self, logits: torch.Tensor, needs: np.ndarray, slots: list[int]) -> Sampled:
+        """The likeliest tokens of rows that need nothing but, some of them, a mask."""
+        places = np.flatnonzero(needs).tolist()
+        failed = self._guided.apply(logits, places, [slots[i] for i in places]) if places else {}
+        sampled = _greedy(logits)
+        sampled.failed.update(failed)
         return sampled
 
     def only_likeliest(self, slots: list[int]) -> bool:
@@ -221,7 +246,7 @@ class SamplerState:
         """Rows that need more than an argmax; ``needs`` and ``index`` are those of ``slots``."""
         failed: dict[int, str] = {}
         every = int(np.bitwise_or.reduce(needs))
-        if every & (_Needs.PROCESSORS | _Needs.MIN_TOKENS | _Needs.PENALTIES):
+        if every & (_Needs.PROCESSORS | _Needs.MIN_TOKENS | _Needs.PENALTIES | _Needs.GUIDED):
             self._edit(logits, needs, slots, failed)
         highest, token_ids = logits.max(-1)
         finite = torch.isfinite(highest)
@@ -302,6 +327,10 @@ class SamplerState:
         penalised = np.flatnonzero(needs & _Needs.PENALTIES).tolist()
         if penalised:
             self._penalties.apply(logits, penalised, [slots[i] for i in penalised])
+        guided = np.flatnonzero(needs & _Needs.GUIDED).tolist()
+        if guided:
+            for i, reason in self._guided.apply(logits, guided, [slots[i] for i in guided]).items():
+                failed.setdefault(i, reason)
 
     def _process(self, row: torch.Tensor, state: _Row) -> torch.Tensor:
         row = row.clone()
@@ -318,11 +347,16 @@ class SamplerState:
 
     def _remember(self, needs: np.ndarray, slots: list[int], index: np.ndarray, sampled: Sampled) -> None:
         self._num_output[index] += 1
-        tracked = np.flatnonzero(needs & (_Needs.PENALTIES | _Needs.PROCESSORS)).tolist()
+        tracked = np.flatnonzero(needs & (_Needs.PENALTIES | _Needs.PROCESSORS | _Needs.GUIDED)).tolist()
         if not tracked:
             return
         tokens = sampled.token_ids.tolist()
         for i in tracked:
+            if needs[i] & _Needs.GUIDED:
+                self._guided.advance(slots[i], tokens[i])
+                reason = self._guided.broken(slots[i])
+                if reason is not None:
+                    sampled.failed.setdefault(i, reason)
             row = self._rows[slots[i]]
             if row.processors:
                 row.output.append(tokens[i])

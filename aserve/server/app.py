@@ -16,7 +16,7 @@ from quart import Quart, Request, Response, request
 from quart.json.provider import JSONProvider
 
 from aserve.errors import AserveError
-from aserve.server import admin_api, errors, ops_api
+from aserve.server import admin_api, errors, openapi, ops_api
 from aserve.server.anthropic import messages
 from aserve.server.connection import Connection, Exchanges
 from aserve.server.keys import KeyRing
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BLUEPRINTS = (ops_api, admin_api, models, completions, chat, responses, messages, embeddings, tokenization)
+BLUEPRINTS = (
+    ops_api, openapi, admin_api, models, completions, chat, responses, messages, embeddings, tokenization,
+)  # fmt: skip
 
 
 class OrjsonProvider(JSONProvider):

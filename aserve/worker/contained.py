@@ -35,7 +35,9 @@ class ContainedRows:
         prompt, output = new.token_ids[:cut], new.token_ids[cut:]
         self.broken.pop(new.slot, None)
         try:
-            self.sampler.add(new.slot, new.params, new.rng_seed, prompt, output, new.eos_token_id)
+            self.sampler.add(
+                new.slot, new.params, new.rng_seed, prompt, output, new.eos_token_id, new.grammar
+            )
         except Exception as error:
             self._breaks(new.slot, "preparing its sampling parameters", error)
             # The slot must hold something that rows can be drawn for.

@@ -105,6 +105,8 @@ ENGINE_FLAGS: list[tuple[str, list[str], Any]] = [
     ("num_scheduler_steps", ["4"], 4),
     ("max_decode_slowdown", ["3.5"], 3.5),
     ("overlap", ["0"], 0),
+    ("guided_compile_timeout", ["1.5"], 1.5),
+    ("guided_cache_size", ["64"], 64),
     ("engine_use_ray", [], True),
     ("disable_log_requests", [], True),
     ("max_log_len", ["20"], 20),

@@ -8,6 +8,7 @@ from array import array
 from collections import deque
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -17,8 +18,15 @@ from aserve.core.scheduler import Scheduler, SchedulerLimits
 from aserve.core.sequence import SequenceGroup, SequenceStatus
 from aserve.core.waiting import order
 from aserve.errors import QueueFullError
+from aserve.messages.inputs import PoolingParams
 from aserve.messages.params import SamplingParams
-from tests.core.memory_worker import VOCAB, MemoryWorker, expected_output, prefix_hash
+from tests.core.memory_worker import (
+    VOCAB,
+    MemoryWorker,
+    expected_output,
+    expected_vector,
+    prefix_hash,
+)
 
 MAX_MODEL_LEN = 48
 STOP_TOKEN = 7
@@ -104,6 +112,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         timeout=st.sampled_from([None] * 8 + [0.0, 1.0]),
         salt=st.sampled_from([None, None, "a"]),
         eos=st.sampled_from([None, None, STOP_TOKEN + 1]),
+        pooled=st.sampled_from([False] * 4 + [True]),
     )
     def add(
         self,
@@ -118,6 +127,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         timeout,
         salt,
         eos,
+        pooled,
     ):
         if data.draw(st.booleans()):  # a prompt that begins like something seen before
             text = data.draw(st.sampled_from(self.texts))
@@ -129,6 +139,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             stop_token_ids=[] if ignore_stop else [STOP_TOKEN],
             prompt_logprobs=prompt_logprobs,
         )
+        if pooled:
+            width, params = 1, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
         self.names += 1
         self.now += 0.01
         group = SequenceGroup(
@@ -143,6 +155,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             deadline=None if timeout is None else self.now + timeout,
             cache_salt=salt,
             eos_token_id=eos,
+            pooling=PoolingParams() if pooled else None,
         )
         waiting = self.scheduler.waiting
         most = self.limits.max_waiting_requests
@@ -191,8 +204,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan, result = self.issued.popleft()
         changes = self.scheduler.commit(plan, result, self.now)
         assert changes.steps == result.steps
+        for group, vector in changes.pooled:
+            assert np.array_equal(vector, expected_vector(group.prompt_token_ids))
+            assert group.finished and group.seqs[0].num_output_tokens == 0
+            assert self.live.pop(group.request_id) is group
+            self.ended += 1
         told: dict[int, list[int]] = {}
         for update in changes.tokens:
+            assert update.seq.group.pooling is None
             told.setdefault(id(update.seq), []).append(update.token_id)
         for update in changes.tokens:
             new = told[id(update.seq)]

@@ -63,12 +63,15 @@ class FakeTokenizer:
         documents: Any = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         tokenize: bool = True,
         **kwargs: Any,
     ) -> str:
         if any(message["role"] == "forbidden" for message in conversation):
             raise ValueError("this template knows no role forbidden")
         self.variables = {"documents": documents, **kwargs}
+        if continue_final_message:
+            self.variables["continue_final_message"] = True
         text = "".join(f"<{message['role']}>{message['content']}" for message in conversation)
         return text + ("<assistant>" if add_generation_prompt else "")
 

@@ -89,6 +89,10 @@ async def begin(body: ChatBody, request_id: str, *, clamp: bool = False) -> Begu
     options = body.options()
 
     messages = conversation(body.messages)
+    if body.continue_final_message and messages[-1]["role"] != "assistant":
+        raise InvalidRequestError(
+            "continue_final_message needs an assistant's message at the end", param="continue_final_message"
+        )
     await engine.check_room()
     prompt = await make_prompt(engine, body, messages)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -106,10 +110,20 @@ async def begin(body: ChatBody, request_id: str, *, clamp: bool = False) -> Begu
     kind = OutputKind.FINAL_ONLY if whole else OutputKind.DELTA
     streams = await generation.submit(engine, request_id, [prompt], [params], kind, options)
     role = messages[-1]["role"]
-    if body.add_generation_prompt:
+    if body.add_generation_prompt and not body.continue_final_message:
         role = service().args.response_role or "assistant"
     echoed = messages[-1]["content"] if body.echo and messages[-1]["role"] == role else ""
     return Begun(request_id, model, prompt, params, streams, role, echoed)
+
+
+async def count_prompt(body: ChatBody) -> int:
+    """Tokens of the prompt that a conversation becomes; it is checked as if it were to be answered."""
+    engine = await service().ready_engine()
+    served_model(engine, body.model)
+    limits = engine.model_config
+    body.check(vocab_size=limits.vocab_size, max_num_seqs=engine.config.scheduler.max_num_seqs)
+    body.refuse_tools()
+    return len((await make_prompt(engine, body, conversation(body.messages))).ids)
 
 
 async def make_prompt(engine: AsyncLLMEngine, body: ChatBody, messages: list[dict[str, str]]) -> Prompt:
@@ -117,7 +131,8 @@ async def make_prompt(engine: AsyncLLMEngine, body: ChatBody, messages: list[dic
     text = await render(
         engine,
         messages,
-        add_generation_prompt=body.add_generation_prompt,
+        add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+        continue_final_message=body.continue_final_message,
         documents=body.documents,
         template_kwargs=body.template_variables(),
     )
@@ -165,6 +180,7 @@ async def render(
     messages: list[dict[str, str]],
     *,
     add_generation_prompt: bool,
+    continue_final_message: bool = False,
     documents: list[dict[str, Any]] | None = None,
     template_kwargs: dict[str, Any] | None = None,
 ) -> str:
@@ -178,6 +194,7 @@ async def render(
             messages,
             chat_template=template,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             documents=documents,
             template_kwargs=template_kwargs,
         )
