@@ -143,7 +143,6 @@ class AsyncLLMEngine:
             if self.engine is None:
                 self.engine = await anyio.to_thread.run_sync(self._build)
                 self.engine.output.request_log = self._request_log
-                _count_tasks(self.engine.stats)
             if self._task is None:
                 self.start_background_loop()
 
@@ -156,6 +155,7 @@ class AsyncLLMEngine:
         if self.engine is None:
             raise RuntimeError("the engine is not loaded yet; await start() instead")
         self._task = asyncio.create_task(self._run(self.engine), name="aserve-engine-loop")
+        _count_tasks(self.engine.stats)
         self._lag_watch = asyncio.create_task(self._watch(self.engine), name="aserve-watch")
 
     def _build(self) -> LLMEngine:
