@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
-import os
 
 import pytest
 import torch
 
 from tests.cuda.attention import arguments, attend, batch_of, compare
+from tests.cuda.conftest import FULL
 from tests.cuda.emulator import RANDOM, REVERSE, Emulator
 from tests.ops.paging import Case, exact
 
-FULL = os.environ.get("ASERVE_KERNEL_CASES") == "full"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 DECODE = ["decode_simple", "decode_tensor"]
@@ -165,6 +165,38 @@ def test_a_bad_block_id_shows(natively: Emulator, bad: int, kernel: str) -> None
     args, _ = arguments(natively, batch)
     with pytest.raises(AssertionError, match=r"accessed .* bytes from the start of a buffer"):
         natively.call(kernel, args)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_kernel_that_suits(emulator: Emulator, dtype: torch.dtype) -> None:
+    """A step's prefill rows and decode rows, each a slice of the step, whatever their shapes."""
+    shapes = [(((1, 30), (1, 9)), 4, 4), (FEW, 8, 1), (MIXED, 4, 2), (((3, 20), (2, 2)), 8, 2)]
+    for rows, heads, kv_heads in shapes:
+        for head_size in (64, 72):
+            case = Case(rows, heads, kv_heads, head_size)
+            batch = batch_of(case, dtype)
+            got = attend(emulator, "attention", batch)
+            compare(got, exact(batch), "attention", batch.values)
+    batch = batch_of(Case(((20, 60), (1, 70), (1, 3)), 8, 2), dtype)
+    args, out = arguments(emulator, batch, max_query_len=20)
+    args.rows = 1
+    emulator.call("attention", args)
+    args.query_start += 4
+    args.seq_lens += 4
+    args.block_tables += 4 * args.table_stride
+    args.rows, args.max_query_len = 2, 1
+    emulator.call("attention", args)
+    compare(out, exact(batch), "attention", batch.values)
+
+
+def test_decode_splits(emulator: Emulator) -> None:
+    splits = emulator.lib.aserve_cuda_decode_splits
+    splits.argtypes = [ctypes.c_int64] * 4
+    assert splits(1, 8, 8192, 132) == 32
+    assert splits(1, 8, 100, 132) == 1
+    assert splits(256, 8, 8192, 132) == 1
+    assert splits(16, 8, 8192, 132) == 3
+    assert splits(1, 1, 1 << 20, 132) == 64
 
 
 def test_what_a_kernel_does_not_serve(emulator: Emulator) -> None:
