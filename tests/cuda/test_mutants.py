@@ -16,6 +16,14 @@ from tests.ops.paging import Case, exact
 
 MEETING = re.compile(r"^ +(__syncthreads\(\)|__syncwarp\(\)|copy_async_wait<\d>\(\));$", re.MULTILINE)
 
+UNSEEN = {
+    # The emulation's ldmatrix and mma hold their warp together, which hardware does not promise for memory.
+    ("decode_tensor", 4): "__syncwarp before ldmatrix",
+    ("decode_tensor", 5): "__syncwarp behind mma",
+    # The group committed last is empty there; the wait states it.
+    ("decode_tensor", 6): "a wait for no copy",
+}
+
 
 def sites() -> list[tuple[str, int]]:
     found = []
@@ -44,6 +52,8 @@ def correct(emulator: Emulator, kernel: str) -> bool:
 @pytest.mark.skipif(not FULL, reason="make kernels-full")
 @pytest.mark.parametrize(("kernel", "site"), sites())
 def test_without_one(tmp_path: Path, kernel: str, site: int) -> None:
+    if (kernel, site) in UNSEEN:
+        pytest.skip(f"cannot be seen here: {UNSEEN[kernel, site]}")
     sources = tmp_path / "cuda_ext" / "cuda"
     shutil.copytree(ROOT / "cuda_ext" / "cuda", sources)
     shutil.copytree(ROOT / "build" / "cuda", tmp_path / "build" / "cuda")
