@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +30,9 @@ if TYPE_CHECKING:
     from aserve.engine.async_engine import AsyncLLMEngine
 
 blueprint = Blueprint("chat", __name__)
+
+MANY_MESSAGES = 256
+"""Messages, likewise."""
 
 LONG_CONVERSATION = 32_000
 """Characters from which a conversation is rendered in a thread."""
@@ -197,9 +199,9 @@ async def render(
             template_kwargs=template_kwargs,
         )
 
-    if sum(len(message["content"]) for message in messages) < LONG_CONVERSATION:
-        return work()
-    return await asyncio.to_thread(work)
+    size = sum(len(message["content"]) for message in messages)
+    simple = not documents and not template_kwargs and len(messages) < MANY_MESSAGES
+    return await service().render(work, quick=simple and size < LONG_CONVERSATION)
 
 
 class _Call:
