@@ -23,6 +23,9 @@ from aserve.messages.params import SamplingParams
 
 _MASK64 = (1 << 64) - 1
 
+_USUAL_PIECE = 16
+"""Characters of text per token of the context that no text is questioned about."""
+
 _POOLED = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
 """Stands in for the sampling parameters of a request that is not sampled."""
 
@@ -37,6 +40,7 @@ class InputProcessor:
         self._extra_stop_ids = generation_eos - {self.eos_token_id}
         self._rng = random.Random(config.model.seed)
         self._lock = threading.Lock()
+        self._longest_piece: int | None = None
         self._fast = tokenizer is not None and tokenizer.is_fast
         # Not a bound method: the compiler's thread must not keep the engine alive.
         vocab_size = config.model.vocab_size
@@ -63,6 +67,27 @@ class InputProcessor:
                 param="prompt",
             )
         return text, ids
+
+    def is_doubtful(self, text: str) -> bool:
+        """Whether a text is so long that ``check_fits`` has to look at it."""
+        return len(text) > _USUAL_PIECE * self._config.model.max_model_len
+
+    def check_fits(self, text: str) -> None:
+        """Raises InvalidRequestError for a text of more characters than the context's tokens can hold.
+
+        May be called from any thread; the first call reads the vocabulary.
+        """
+        if self.tokenizer is None:
+            return
+        if self._longest_piece is None:
+            # Special tokens included. A vocabulary of bytes has at least as many symbols as characters.
+            self._longest_piece = max(_USUAL_PIECE, *map(len, self.tokenizer.get_vocab()))
+        longest = self._config.model.max_model_len
+        if len(text) > longest * self._longest_piece:
+            raise InvalidRequestError(
+                f"the model's context holds {longest} tokens; a text of {len(text)} characters cannot fit it",
+                param="prompt",
+            )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. May be called from any thread."""

@@ -21,7 +21,7 @@ from aserve.server.anthropic import messages
 from aserve.server.connection import Connection, Exchanges
 from aserve.server.keys import KeyRing
 from aserve.server.openai import chat, completions, embeddings, models, responses, tokenization
-from aserve.server.security import Cors, HttpMiddleware, KeyGuard, load_middleware
+from aserve.server.security import Cors, HttpMiddleware, KeyGuard, check_head, load_middleware
 from aserve.server.service import Service, client_request_id, new_id
 from aserve.tokenizer.chat import resolve_chat_template
 
@@ -137,6 +137,7 @@ def create_app(
 
 def _add_hooks(app: App, args: ServerArgs, keys: KeyRing) -> None:
     cors = Cors(args)
+    app.before_request(check_head)
     app.before_request(cors.preflight)
     app.before_request(KeyGuard(keys).check)
 

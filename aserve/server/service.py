@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from quart import current_app, g, request
 
-from aserve.errors import AserveError, EngineBusyError, EngineDeadError
+from aserve.errors import AserveError, EngineBusyError, EngineDeadError, InvalidRequestError
 from aserve.server.direct import Courier
+from aserve.server.killable import KillableThreads
 from aserve.server.openai.tools.plan import check_at_start
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ MAX_REQUEST_ID = 128
 
 LAST_WORDS_SECONDS = 1.0
 """Seconds between the engine's death and the end of the process."""
+
+
+RENDER_SECONDS = 2.0
+"""Seconds the chat template may take for one conversation."""
+
+MOST_RENDERERS = 16
 
 
 class Condition(enum.Enum):
@@ -66,6 +73,8 @@ class Service:
         self.load_error: BaseException | None = None
         self.draining: str | None = None
         self.courier = Courier()
+        self._renderers = KillableThreads("aserve-render", MOST_RENDERERS)
+        self._template_ends = False
         self._loading: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
         self._unknown_fields: set[str] = set()
@@ -167,6 +176,27 @@ class Service:
         self.draining = reason
         if self.engine is not None:
             self.engine.refuse_new(reason)
+
+    # ---------------------------------------------------------------- chat templates
+
+    async def render(self, work: Callable[[], str], *, quick: bool) -> str:
+        """What ``work`` makes of a conversation with the model's template.
+
+        A template is a program. It is run in a thread that can be stopped until it has once come to an end,
+        and whenever ``quick`` does not say that there is little to do; InvalidRequestError if it takes longer
+        than RENDER_SECONDS, QueueFullError if too many are being rendered.
+        """
+        if quick and self._template_ends:
+            return work()
+        try:
+            text = await self._renderers.run(work, RENDER_SECONDS)
+        except TimeoutError:
+            raise InvalidRequestError(
+                f"the chat template took longer than {RENDER_SECONDS:g} s for these messages",
+                param="messages",
+            ) from None
+        self._template_ends = True
+        return text
 
     # ---------------------------------------------------------------- log
 

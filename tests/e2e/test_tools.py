@@ -62,8 +62,8 @@ def client(server: Server) -> Iterator[OpenAI]:
 
 
 def both(client: OpenAI, **values: Any) -> Iterator[Any]:
-    """The choice of an answer in one piece, and of the client's accumulated stream."""
-    settings = {"model": MODEL, "messages": ASK, "temperature": 0, "max_tokens": 120, **values}
+    """The choice of an answer in one piece, and of the client's accumulated stream, which must not be cut."""
+    settings = {"model": MODEL, "messages": ASK, "temperature": 0, "max_tokens": 250, **values}
     yield client.chat.completions.create(**settings).choices[0]
     with client.chat.completions.stream(**settings) as stream:
         for _ in stream:
@@ -114,7 +114,7 @@ def test_a_conversation_with_a_result(client: OpenAI) -> None:
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_1", "content": "Sunny, 21 degrees."},
     ]
-    whole, streamed = both(client, messages=messages, tools=[WEATHER], tool_choice="none", max_tokens=16)
+    whole, streamed = both(client, messages=messages, tools=[WEATHER], tool_choice="none")
     assert whole.message.content and whole.message.content == streamed.message.content
     assert whole.message.tool_calls is None
 
@@ -135,7 +135,7 @@ def test_auto_with_a_parser_by_name() -> None:
         OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60) as client,
     ):
         assert "with the parser hermes" in server.log
-        whole, streamed = both(client, tools=[WEATHER], max_tokens=60)
+        whole, streamed = both(client, tools=[WEATHER])
         assert whole.message.content or whole.message.tool_calls
         assert calls_of(streamed) == calls_of(whole)
         assert streamed.message.content == whole.message.content

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
+
+import orjson
 
 from aserve.errors import InvalidRequestError
 from aserve.server.openai import prompts
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 LONG_CONVERSATION = 32_000
 """Characters from which a conversation is rendered in a thread."""
+
+MANY_MESSAGES = 256
+"""Messages, likewise."""
 
 
 async def plan_tools(engine: AsyncLLMEngine, body: ChatBody) -> ToolPlan | None:
@@ -127,6 +131,9 @@ async def render(
             template_kwargs=template_kwargs,
         )
 
-    if shown is None and sum(len(message["content"]) for message in messages) < LONG_CONVERSATION:
-        return work()
-    return await asyncio.to_thread(work)
+    size = sum(len(message["content"]) for message in messages)
+    calls = [message["tool_calls"] for message in messages if "tool_calls" in message]
+    if shown or calls:
+        size += len(orjson.dumps([shown, calls]))
+    simple = not documents and not template_kwargs and len(messages) < MANY_MESSAGES
+    return await service().render(work, quick=simple and size < LONG_CONVERSATION)

@@ -324,8 +324,12 @@ async def test_tools_and_calls_reach_the_template() -> None:
     assert engine.tokenizer.tools is None
 
 
+DEEP = '{"a":' * 300 + "1" + "}" * 300
+
+
 @pytest.mark.parametrize(
-    ("given", "shown"), [("", {}), ("{broken", "{broken"), ("[1]", "[1]"), ({"a": 1}, {"a": 1}), (None, {})]
+    ("given", "shown"),
+    [("", {}), ("{broken", "{broken"), ("[1]", "[1]"), ({"a": 1}, {"a": 1}), (None, {}), (DEEP, DEEP)],
 )
 async def test_arguments_of_earlier_calls(given: Any, shown: Any) -> None:
     engine = TellingEngine("ok")
@@ -460,6 +464,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "messages",
         "messages.0.tool_calls.0.function.name",
     ),
+    ({"messages": [called(deep(300))]}, "messages", "nested deeper than 48"),
     ({"messages": [{"role": "tool", "content": "x", "tool_call_id": 5}]}, "messages", "tool_call_id"),
     (
         {"tools": [function()], "tool_choice": "required", **BEAM},

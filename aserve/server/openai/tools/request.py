@@ -10,7 +10,13 @@ import orjson
 
 from aserve.errors import InvalidRequestError
 from aserve.messages.params import GuidedParams
-from aserve.server.openai.tools.schema import arguments_schema, calls_schema, checked_parameters
+from aserve.server.openai.tools.schema import (
+    MAX_SCHEMA_DEPTH,
+    arguments_schema,
+    calls_schema,
+    checked_parameters,
+    depth_beyond,
+)
 
 MAX_TOOLS = 512
 MAX_DESCRIPTION = 64 * 1024
@@ -174,6 +180,11 @@ def checked_calls(calls: Any, place: str) -> list[dict[str, Any]]:
             raise InvalidRequestError(f"{here}.function.arguments must be a string", param="messages")
         if not isinstance(call_id, (str, type(None))):
             raise InvalidRequestError(f"{here}.id must be a string", param="messages")
+        if depth_beyond(arguments, MAX_SCHEMA_DEPTH):
+            raise InvalidRequestError(
+                f"{here}.function.arguments are nested deeper than {MAX_SCHEMA_DEPTH} levels",
+                param="messages",
+            )
         function = {"name": name, "arguments": _arguments(arguments)}
         own_id = {} if call_id is None else {"id": call_id}
         found.append({**own_id, "type": "function", "function": function})
@@ -189,4 +200,4 @@ def _arguments(given: str | dict[str, Any] | None) -> Any:
         read = orjson.loads(given)
     except orjson.JSONDecodeError:
         return given
-    return read if isinstance(read, dict) else given
+    return read if isinstance(read, dict) and not depth_beyond(read, MAX_SCHEMA_DEPTH) else given
