@@ -127,7 +127,10 @@ def create_app(
 
     @app.while_serving
     async def own_engine() -> AsyncGenerator[None, None]:
-        shared.start(engine if engine is not None else _make_engine(engine_args))
+        if engine is not None:
+            shared.start(engine)
+        else:
+            shared.start(_make_engine(engine_args), warm=True)
         with _reloading(keys, server_args.api_key_file):
             yield
         await shared.stop()
