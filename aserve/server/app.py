@@ -122,7 +122,7 @@ def create_app(
         app.register_blueprint(module.blueprint)
     errors.register(app)
     keys = KeyRing(server_args.api_key or (), server_args.api_key_file)
-    _add_hooks(app, server_args, keys)
+    _add_hooks(app, server_args, keys, shared)
     _add_middleware(app, server_args.middleware)
 
     @app.while_serving
@@ -138,7 +138,7 @@ def create_app(
     return app
 
 
-def _add_hooks(app: App, args: ServerArgs, keys: KeyRing) -> None:
+def _add_hooks(app: App, args: ServerArgs, keys: KeyRing, shared: Service) -> None:
     cors = Cors(args)
     app.before_request(check_head)
     app.before_request(cors.preflight)
@@ -148,6 +148,13 @@ def _add_hooks(app: App, args: ServerArgs, keys: KeyRing) -> None:
         response.headers["X-Request-Id"] = client_request_id() or new_id("req")
         return response
 
+    async def count(response: Response) -> Response:
+        # A probe is answered 503 as often as it asks: that is no request that failed.
+        if response.status_code >= 400 and request.blueprint != "ops":
+            shared.count_error(response.status_code)
+        return response
+
+    app.after_request(count)
     app.after_request(cors.annotate)
     app.after_request(identify)
 

@@ -174,6 +174,11 @@ class Service:
         if self.engine is not None:
             self.engine.refuse_new(reason)
 
+    def count_error(self, status: int) -> None:
+        """Adds an answer to the metrics, which begin when the model is loaded."""
+        if self.loaded and self.engine is not None and self.engine.stats is not None:
+            self.engine.stats.on_http_error(status)
+
     # ---------------------------------------------------------------- chat templates
 
     async def render(self, work: Callable[[], str], *, quick: bool) -> str:
