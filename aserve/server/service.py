@@ -15,6 +15,7 @@ from quart import current_app, g, request
 from aserve.errors import AserveError, EngineBusyError, EngineDeadError, InvalidRequestError
 from aserve.server.direct import Courier
 from aserve.server.killable import KillableThreads
+from aserve.server.openai.tools.plan import check_at_start
 
 if TYPE_CHECKING:
     from aserve.config.server import ServerArgs
@@ -89,8 +90,17 @@ class Service:
         self.engine = engine
         self._warm = warm
         engine.on_dead = self._engine_died
-        self._loading = asyncio.create_task(engine.start(), name="load engine")
+        self._loading = asyncio.create_task(self._load(engine), name="load engine")
         self._loading.add_done_callback(self._loaded)
+
+    async def _load(self, engine: AsyncLLMEngine) -> None:
+        await engine.start()
+        check_at_start(
+            await engine.get_tokenizer(),
+            self.chat_template,
+            self.args.tool_call_parser,
+            needed=self.args.enable_auto_tool_choice,
+        )
 
     def _loaded(self, task: asyncio.Task[None]) -> None:
         self._settled.set()
