@@ -33,7 +33,6 @@ REFUSED = {
 """Schemas that a backend does not do, and what its refusal must name."""
 
 
-
 def pairs() -> list[ParameterSet]:
     """Every backend with every schema. Those that llguidance is not done with in no time are slow tests, but
     for some, and for those that are refused."""
@@ -127,7 +126,10 @@ def test_outputs_follow_their_grammar(backend: Backend, grammar: str, vocabulary
 
 @pytest.mark.parametrize(
     "backend",
-    ["llguidance", *(pytest.param(name, marks=pytest.mark.slow) for name in BACKENDS if name != "llguidance")],
+    [
+        "llguidance",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in BACKENDS if name != "llguidance"),
+    ],
     indirect=True,
 )
 def test_json_object_is_an_object(backend: Backend, vocabulary: Vocabulary) -> None:
