@@ -8,6 +8,9 @@
 # make kernels-full   the CUDA kernels' whole case list, run on the CPU
 # make kernels-asan   the same cases as `make test`, under AddressSanitizer and UndefinedBehaviorSanitizer
 # make load     Locust against a running server  (HOST=, PORT=, USERS=, TIME=)
+# make soak     mixed traffic against a server on SmolLM2 for MINUTES= (30; 480 for the long one), which must stay
+#               as it was: memory, files, threads, tasks, and a balance of every request
+# make flood    the same with REQUESTS= (200000) requests and no model
 # make bench    aserve beside OpenVINO GenAI, llama.cpp and transformers, on an idle machine; figures, table
 #               and plot in build/bench  (ONLY=q4,offline for a piece, ROUNDS=, THREADS=, BUSY=warn)
 # make quality  how far packed weights move the next-token distribution, beside llama.cpp's on the same file
@@ -19,7 +22,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup serve test test-slow fuzz lint cuda kernels-full kernels-asan load bench policies peers quality guard readme chromium clean
+.PHONY: setup serve test test-slow fuzz soak flood lint cuda kernels-full kernels-asan load bench policies peers quality guard readme chromium clean
 
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -31,6 +34,8 @@ ONLY ?=
 ROUNDS ?= 3
 THREADS ?= 2
 BUSY ?= refuse
+MINUTES ?= 30
+REQUESTS ?= 200000
 
 VENV := .venv
 BENCH_VENV := .venv-bench
@@ -124,6 +129,12 @@ kernels-asan: $(INSTALLED)
 
 load: $(INSTALLED)
 	$(VENV)/bin/locust -f load_tests/locustfile.py --headless --host 'http://$(HOST):$(PORT)' -u $(USERS) -r $(USERS) -t $(TIME)
+
+soak: setup
+	$(PY) -m aserve.bench.soak --minutes $(MINUTES) --output build/soak/soak.json
+
+flood: setup
+	$(PY) -m aserve.bench.soak --flood $(REQUESTS) --clients 64 --output build/soak/flood.json
 
 # What aserve is compared with has an environment of its own. llama.cpp is compiled for this very CPU.
 PEERS := openvino==2026.4.1 openvino-genai==2026.4.1.0 openvino-tokenizers==2026.4.1.0 numpy matplotlib

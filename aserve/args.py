@@ -307,10 +307,11 @@ class EngineArgs:
         help="Let a prompt be computed in pieces, beside decodes, within --max-num-batched-tokens.",
     )
     guided_decoding_backend: str = arg(
-        "outlines",
+        "llguidance",
         group=_GUIDED,
         choices=registry.guided_backends.names,
-        help="What guides decoding by JSON schema, regex and the like, unless a request says otherwise.",
+        help="What guides decoding by JSON schema, regex and the like, unless a request says otherwise. "
+        "outlines and lm-format-enforcer need the extra `guided`.",
     )
     speculative_model: str | None = arg(
         None, group=_SPEC, help="Draft model, or [ngram] to look continuations up in the prompt."
@@ -355,6 +356,15 @@ class EngineArgs:
         group=_SCHEDULER,
         choices=OVERLAPS,
         help="Steps launched before the previous one's results are read: 1, or 0 to run them one by one.",
+    )
+    guided_compile_timeout: float | None = arg(
+        None,
+        group=_GUIDED,
+        default_text="2 with llguidance, else 20",
+        help="Seconds that compiling one schema, regex or grammar may take; what takes longer is refused.",
+    )
+    guided_cache_size: int = arg(
+        256, group=_GUIDED, help="MiB of memory for the compiled schemas, regexes and grammars that are kept."
     )
 
     def __post_init__(self) -> None:

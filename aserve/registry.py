@@ -37,6 +37,10 @@ class Registry:
         """Whether ``name`` can be loaded in this release."""
         return self._table.get(name) is not None
 
+    def target(self, name: str) -> str | None:
+        """``"module:attribute"`` of a known name, for processes that lack what was registered here."""
+        return self._table.get(name)
+
     def register(self, name: str, target: str) -> None:
         """Adds ``name``; ``target`` is ``"module:attribute"``."""
         if ":" not in target:
@@ -116,4 +120,21 @@ executors = Registry(
 
 tokenizer_pools = Registry("tokenizer pool", {"ray": None})
 
-guided_backends = Registry("guided decoding backend", {"outlines": None, "lm-format-enforcer": None})
+guided_backends = Registry(
+    "guided decoding backend",
+    {
+        "llguidance": "aserve.guided.llguidance:LLGuidanceBackend",
+        "outlines": "aserve.guided.outlines:OutlinesBackend",
+        "lm-format-enforcer": "aserve.guided.lm_format_enforcer:LMFormatEnforcerBackend",
+    },
+)
+
+tool_parsers = Registry(
+    "tool call parser",
+    {
+        "hermes": "aserve.server.openai.tools.hermes:HermesReader",
+        "llama3-json": "aserve.server.openai.tools.llama3:Llama3Reader",
+        "mistral": "aserve.server.openai.tools.mistral:MistralReader",
+        "pythonic": "aserve.server.openai.tools.pythonic:PythonicReader",
+    },
+)

@@ -52,7 +52,9 @@ def _verify_beams(group: SequenceGroup, state: BeamState) -> None:
     beams = [*group.seqs, *state.parked]
     if not 1 <= len(beams) <= group.width or len({tuple(beam.token_ids) for beam in beams}) != len(beams):
         raise RuntimeError(f"request {group.request_id!r} has too many beams, none, or one twice")
-    if any(beam.slot >= 0 or beam.blocks or beam.swapped_blocks or beam.num_computed for beam in state.parked):
+    if any(
+        beam.slot >= 0 or beam.blocks or beam.swapped_blocks or beam.num_computed for beam in state.parked
+    ):
         raise RuntimeError(f"a parked beam of request {group.request_id!r} holds something")
     if {len(beam.token_ids) for beam in beams} != {group.num_prompt_tokens + state.search.length}:
         raise RuntimeError(f"the beams of request {group.request_id!r} are not of one length")

@@ -134,8 +134,9 @@ class BeamSearch:
         del self.hypotheses[self.width :]
 
     def score(self, total: float, length: int) -> float:
-        """What a hypothesis of that log-probability and length is worth; one without tokens counts as of one."""
-        return total / float(max(length, 1)) ** self.length_penalty
+        """What a hypothesis is worth; one without any token counts as having one."""
+        scale: float = max(length, 1) ** self.length_penalty
+        return total / scale
 
     def _enough(self, best: float) -> bool:
         if len(self.hypotheses) < self.width:

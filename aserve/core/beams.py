@@ -29,9 +29,7 @@ Ending = tuple[SequenceStatus, int | str | None]
 class BeamKeeper:
     """Moves the beams of a scheduler's requests. ``retire`` forgets a request that has ended."""
 
-    def __init__(
-        self, scheduler: Scheduler, issuer: PlanIssuer, retire: Callable[[Sequence], None]
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, issuer: PlanIssuer, retire: Callable[[Sequence], None]) -> None:
         self._scheduler = scheduler
         self._blocks = scheduler.blocks
         self._issuer = issuer
@@ -229,7 +227,7 @@ class BeamKeeper:
         group.seqs, state.parked = beams[:1], beams[1:]
 
     def parked_need(self, group: SequenceGroup) -> int:
-        """Blocks that parked beams will take up beside those they share, when all their tokens are computed."""
+        """Blocks that parked beams will take up, beside those they share, once they are computed."""
         state, needed = _state(group), 0
         for place, beam in enumerate(state.parked):
             shared = max(_common(beam, other) for other in (*group.seqs, *state.parked[:place]))
@@ -273,9 +271,7 @@ def _common(one: Sequence, other: Sequence) -> int:
     return next((at for at, (a, b) in enumerate(pairs) if a != b), len(one.token_ids))
 
 
-def _trail(
-    state: BeamState, parent: Sequence, candidate: Candidate, report: SampleLogprobs
-) -> Trail | None:
+def _trail(state: BeamState, parent: Sequence, candidate: Candidate, report: SampleLogprobs) -> Trail | None:
     """The parent's log-probabilities and those of the candidate, if asked for."""
     count = parent.group.params.logprobs
     if count is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 
 NULL_BLOCK = -1
 """Stands in a table for a block that nothing reads any more; never counted, never released."""
@@ -13,15 +13,15 @@ class BlockPool:
 
     A block can be published under a key that stands for its tokens and everything before them. It can
     then be found and held again, also after its last reference is gone, until it is needed for something
-    else. Free blocks without a key are taken first, the one freed longest ago before the others; then
-    published ones, least recently used first.
+    else. Free blocks without a key are taken first, the one freed last before the others, so that no more
+    memory is touched than was ever in use at once; then published ones, least recently used first.
     """
 
     def __init__(self, num_blocks: int) -> None:
         if num_blocks < 0:
             raise ValueError(f"num_blocks must be 0 or more, got {num_blocks}")
         self.num_blocks = num_blocks
-        self._free = deque(range(num_blocks))
+        self._free = list(range(num_blocks - 1, -1, -1))
         # OrderedDict, not dict: taking the first key of a dict that shrinks from its front is linear.
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._refs = [0] * num_blocks
@@ -42,7 +42,7 @@ class BlockPool:
         free, refs = self._free, self._refs
         if count > len(free):
             self._evict(count - len(free))
-        taken = [free.popleft() for _ in range(count)]
+        taken = [free.pop() for _ in range(count)]
         for block in taken:
             refs[block] = 1
         return taken

@@ -42,8 +42,7 @@ class PlanIssuer:
     def extend(self, step: PlanBuilder, max_steps: int, seconds: float) -> None:
         """Lets the rows of ``step``, all of one token, go on for up to ``max_steps`` if there is room for
         that, and nothing to be done between one and the next."""
-        # What a run keeps waiting is nobody's loss but that of beams, which can go on as soon as all of theirs
-        # are here.
+        # Beams whose results are on the way could go on as soon as these are here, and would have to wait.
         if self._blocks.lookahead or self.beams_in_flight:
             return
         for seq, start, _ in step.decodes:
@@ -83,9 +82,7 @@ class PlanIssuer:
                     samples.append((row, child))
         swap_outs = [(here, there) for there, here in self._swap_outs.items()]
         self.beams_in_flight += len(beams)
-        plan = step.build(
-            self.num_issued, now, rows, samples, beams, self.unsent, forks, chosen, swap_outs
-        )
+        plan = step.build(self.num_issued, now, rows, samples, beams, self.unsent, forks, chosen, swap_outs)
         self.unsent, self._swap_outs = [], {}
         self.num_issued += 1
         return plan

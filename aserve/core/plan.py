@@ -150,6 +150,7 @@ def describe(seq: Sequence) -> NewSequence:
         params=group.params,
         rng_seed=seq.rng_seed,
         eos_token_id=group.eos_token_id,
+        grammar=group.grammar,
         want_prompt_logprobs=group.wants_prompt_logprobs,
         pooled=group.pooling is not None,
         candidates=0 if group.beam is None else group.beam.search.num_candidates,

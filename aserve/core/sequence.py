@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 from aserve.core.beam_state import BeamState
 from aserve.messages.inputs import LoRARequest, PoolingParams
@@ -191,6 +192,8 @@ class SequenceGroup:
     num_preemptions: int = 0
     swapped: bool = False
     num_cached_tokens: int | None = None
+    grammar: Any = None
+    """What the outputs are matched with in the worker, if ``params.guided`` is set."""
     stop_ids: frozenset[int] = frozenset()
     max_known: int = 0
     width: int = 1

@@ -18,6 +18,7 @@ from aserve.config.engine import EngineConfig
 from aserve.config.model import ModelConfig
 from aserve.engine import loop, pooling
 from aserve.engine.llm_engine import LLMEngine
+from aserve.engine.pool import BoundedPool
 from aserve.engine.report import facts
 from aserve.engine.stats import EngineStats
 from aserve.engine.stream import Mailbox, OutputStream
@@ -29,6 +30,7 @@ from aserve.errors import (
     InvalidRequestError,
     RequestFailedError,
 )
+from aserve.guided.base import Grammar, GrammarError
 from aserve.log import RequestLog
 from aserve.messages.inputs import (
     LoRARequest,
@@ -40,12 +42,15 @@ from aserve.messages.inputs import (
     UsageContext,
 )
 from aserve.messages.outputs import EmbeddingRequestOutput, RequestOutput
-from aserve.messages.params import SamplingParams
+from aserve.messages.params import GuidedParams, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 _INLINE_CHARS = 4096
 """Longer texts are tokenised in a thread, so that one long prompt does not stall every stream."""
+
+_MOST_LONG = 64
+"""Long texts that may be tokenised and wait for it at once."""
 
 
 class AsyncLLMEngine:
@@ -88,6 +93,7 @@ class AsyncLLMEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._tokenizing = 0
+        self._tokenisers = BoundedPool("aserve-tokenise", workers=2, most=_MOST_LONG)
 
     @classmethod
     def from_engine_args(
@@ -137,7 +143,6 @@ class AsyncLLMEngine:
             if self.engine is None:
                 self.engine = await anyio.to_thread.run_sync(self._build)
                 self.engine.output.request_log = self._request_log
-                _count_tasks(self.engine.stats)
             if self._task is None:
                 self.start_background_loop()
 
@@ -150,6 +155,7 @@ class AsyncLLMEngine:
         if self.engine is None:
             raise RuntimeError("the engine is not loaded yet; await start() instead")
         self._task = asyncio.create_task(self._run(self.engine), name="aserve-engine-loop")
+        _count_tasks(self.engine.stats)
         self._lag_watch = asyncio.create_task(self._watch(self.engine), name="aserve-watch")
 
     def _build(self) -> LLMEngine:
@@ -169,6 +175,7 @@ class AsyncLLMEngine:
         self._task = self._lag_watch = None
         if self.failed is None:
             self._die(EngineDeadError("the engine has been stopped"))
+        self._tokenisers.close()
         if self.engine is not None:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(self.engine.close)
@@ -274,9 +281,13 @@ class AsyncLLMEngine:
         if ids is None:
             ids = await self._encode(engine, text or "", True)
             self._check_open()  # draining may have begun, or the engine died, meanwhile
+        grammar = None
+        if isinstance(params, SamplingParams) and params.guided is not None:
+            grammar = await self._compile(engine, params.guided)
+            self._check_open()
         request_id = request_id or uuid.uuid4().hex
         group = engine.input.make_group(
-            request_id, text, ids, params, arrival_time, lora_request, multi_modal_data, options
+            request_id, text, ids, params, arrival_time, lora_request, multi_modal_data, options, grammar
         )
         mailbox = Mailbox(kind)
         self._request_log.accepted(
@@ -354,8 +365,14 @@ class AsyncLLMEngine:
         (await self._serving()).check_room(self._tokenizing)
 
     async def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; long texts are tokenised off the loop."""
-        return await self._encode(await self._serving(), text, add_special_tokens)
+        """Token ids of a text; long texts are tokenised off the loop.
+
+        Raises InvalidRequestError, before it is tokenised, for a text that cannot fit the model's context.
+        """
+        engine = await self._serving()
+        if engine.input.is_doubtful(text):
+            await self._tokenisers.run(engine.input.check_fits, text)
+        return await self._encode(engine, text, add_special_tokens)
 
     async def _encode(self, engine: LLMEngine, text: str, add_special_tokens: bool) -> list[int]:
         if len(text) <= _INLINE_CHARS:
@@ -363,7 +380,26 @@ class AsyncLLMEngine:
         self._tokenizing += 1
         self._idle.clear()
         try:
-            return await anyio.to_thread.run_sync(engine.input.encode, text, add_special_tokens)
+            return await self._tokenisers.run(engine.input.encode, text, add_special_tokens)
+        finally:
+            self._tokenizing -= 1
+            if not self.num_unfinished:
+                self._set_idle()
+
+    def warm_guides(self) -> None:
+        """Gets ready, in the background, for the first guided request, which would wait for it."""
+        if self.engine is not None:
+            self.engine.input.guides.warm()
+
+    async def _compile(self, engine: LLMEngine, guided: GuidedParams) -> Grammar:
+        guides = engine.input.guides
+        self._tokenizing += 1
+        self._idle.clear()
+        try:
+            # Shielded: another request may wait for the same grammar.
+            return await asyncio.shield(asyncio.wrap_future(guides.start(guided)))
+        except (GrammarError, InvalidRequestError) as error:
+            raise guides.error(guided, error) from None
         finally:
             self._tokenizing -= 1
             if not self.num_unfinished:

@@ -9,6 +9,9 @@ from typing import Any
 from aserve.config.engine import EngineConfig
 from aserve.core.sequence import SequenceGroup
 from aserve.errors import InvalidRequestError
+from aserve.guided.base import Grammar
+from aserve.guided.compiler import GrammarCompiler
+from aserve.guided.vocabulary import read_vocabulary
 from aserve.messages.inputs import (
     LoRARequest,
     MultiModalData,
@@ -19,6 +22,9 @@ from aserve.messages.inputs import (
 from aserve.messages.params import SamplingParams
 
 _MASK64 = (1 << 64) - 1
+
+_USUAL_PIECE = 16
+"""Characters of text per token of the context that no text is questioned about."""
 
 _POOLED = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
 """Stands in for the sampling parameters of a request that is not sampled."""
@@ -34,7 +40,11 @@ class InputProcessor:
         self._extra_stop_ids = generation_eos - {self.eos_token_id}
         self._rng = random.Random(config.model.seed)
         self._lock = threading.Lock()
+        self._longest_piece: int | None = None
         self._fast = tokenizer is not None and tokenizer.is_fast
+        # Not a bound method: the compiler's thread must not keep the engine alive.
+        vocab_size = config.model.vocab_size
+        self.guides = GrammarCompiler(config.decoding, lambda: read_vocabulary(tokenizer, vocab_size))
 
     # ---------------------------------------------------------------- prompts
 
@@ -57,6 +67,27 @@ class InputProcessor:
                 param="prompt",
             )
         return text, ids
+
+    def is_doubtful(self, text: str) -> bool:
+        """Whether a text is so long that ``check_fits`` has to look at it."""
+        return len(text) > _USUAL_PIECE * self._config.model.max_model_len
+
+    def check_fits(self, text: str) -> None:
+        """Raises InvalidRequestError for a text of more characters than the context's tokens can hold.
+
+        May be called from any thread; the first call reads the vocabulary.
+        """
+        if self.tokenizer is None:
+            return
+        if self._longest_piece is None:
+            # Special tokens included. A vocabulary of bytes has at least as many symbols as characters.
+            self._longest_piece = max(_USUAL_PIECE, *map(len, self.tokenizer.get_vocab()))
+        longest = self._config.model.max_model_len
+        if len(text) > longest * self._longest_piece:
+            raise InvalidRequestError(
+                f"the model's context holds {longest} tokens; a text of {len(text)} characters cannot fit it",
+                param="prompt",
+            )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. May be called from any thread."""
@@ -86,9 +117,7 @@ class InputProcessor:
                 f"params must be SamplingParams or PoolingParams, got {type(params).__name__}", param="params"
             )
         if params.guided is not None:
-            raise InvalidRequestError(
-                "guided decoding is not available in this release", param=params.guided.param
-            )
+            self.guides.check(params.guided)
         width = params.best_of or params.n
         max_num_seqs = self._config.scheduler.max_num_seqs
         if width > max_num_seqs:
@@ -122,8 +151,12 @@ class InputProcessor:
         lora_request: LoRARequest | None = None,
         multi_modal_data: MultiModalData | None = None,
         options: RequestOptions | None = None,
+        grammar: Grammar | None = None,
     ) -> SequenceGroup:
-        """A request ready to be queued; ``params`` has passed ``check_params`` and is not modified."""
+        """A request ready to be queued; ``params`` has passed ``check_params`` and is not modified.
+
+        grammar: ``params.guided`` compiled.
+        """
         if lora_request is not None:
             raise InvalidRequestError(
                 f"LoRA is not enabled, so adapter {lora_request.lora_name!r} cannot be used",
@@ -172,4 +205,5 @@ class InputProcessor:
             deadline=None if options.timeout is None else arrival_time + options.timeout,
             cache_salt=options.cache_salt,
             pooling=pooling,
+            grammar=grammar,
         )

@@ -92,7 +92,7 @@ class LLMEngine:
             lora=lora_config,
             vision_language=vision_language_config,
             speculative=speculative_config,
-            decoding=decoding_config or DecodingConfig(guided_decoding_backend="outlines"),
+            decoding=decoding_config or DecodingConfig(),
             tokenizer_pool=None,
         )
         self.model_config = model_config
@@ -215,6 +215,7 @@ class LLMEngine:
         text, ids = self.input.split(inputs, prompt_token_ids)
         if ids is None:
             ids = self.input.encode(text or "")
+        guided = checked.guided if isinstance(checked, SamplingParams) else None
         group = self.input.make_group(
             request_id,
             text,
@@ -224,6 +225,7 @@ class LLMEngine:
             lora_request,
             multi_modal_data,
             options,
+            None if guided is None else self.input.guides.compile(guided),
         )
         self.queue(group, OutputKind.CUMULATIVE, self._ready_outputs.append)
 
@@ -378,6 +380,7 @@ class LLMEngine:
 
     def set_tokenizer(self, tokenizer: Any) -> None:
         """Replaces the tokenizer for requests added from now on."""
+        self.input.guides.close()
         self.input = InputProcessor(self.config, tokenizer, load_generation_eos(self.config.model.model))
         self.output.set_tokenizer(tokenizer)
 
@@ -395,13 +398,15 @@ class LLMEngine:
         self.stats.maybe_log(time.time(), force=True)
 
     def close(self) -> None:
-        """Ends the executor and its threads. Idempotent."""
+        """Ends the executor, and every thread and process of the engine. Idempotent."""
+        self.input.guides.close()
         self.executor.close()
 
     def __del__(self) -> None:
-        executor = getattr(self, "executor", None)
-        if executor is not None:
-            executor.close()
+        for owner, name in ((self, "executor"), (getattr(self, "input", None), "guides")):
+            part = getattr(owner, name, None)
+            if part is not None:
+                part.close()
 
     def _log_start(self) -> None:
         facts = dict(self.capacity.description)

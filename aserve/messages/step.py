@@ -42,6 +42,9 @@ class NewSequence:
     params: SamplingParams
     rng_seed: int
     eos_token_id: int | None = None
+    grammar: Any = None
+    """What its output is matched with, a :class:`aserve.guided.base.Grammar`. It lives in one process:
+    an executor that sends plans to another compiles ``params.guided`` there."""
     want_prompt_logprobs: bool = True
     pooled: bool = False
     candidates: int = 0

@@ -7,7 +7,6 @@ the same functions keep a plain matrix (dequantised where it was quantised) and 
 
 from __future__ import annotations
 
-import mmap
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 
 from aserve.errors import ConfigError
 from aserve.ops import native
+from aserve.ops.memory import huge_pages
 
 FORMATS = {
     "f32": 0,
@@ -46,7 +46,6 @@ _QUANTISED_GGML = {
     14: "q6_k",
 }
 
-_HUGE_PAGE = 2 << 20
 _CHUNK = 64 << 20
 
 
@@ -248,23 +247,11 @@ class _Arena:
         with self._lock:
             if self._used + num_bytes > self._chunk.shape[0]:
                 if num_bytes >= _CHUNK // 4:
-                    return _huge_pages(num_bytes)[:num_bytes]
-                self._chunk, self._used = _huge_pages(_CHUNK), 0
+                    return huge_pages(num_bytes)[:num_bytes]
+                self._chunk, self._used = huge_pages(_CHUNK), 0
             data = self._chunk[self._used : self._used + num_bytes]
             self._used += -(-num_bytes // 64) * 64
             return data
-
-
-def _huge_pages(num_bytes: int) -> torch.Tensor:
-    """A fresh mapping of at least so many bytes, on huge pages where the system grants them."""
-    size = -(-num_bytes // _HUGE_PAGE) * _HUGE_PAGE
-    # Private: shared memory gets no huge pages on most systems.
-    mapping = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory = torch.frombuffer(mapping, dtype=torch.uint8)
-    start = -memory.data_ptr() % _HUGE_PAGE
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        mapping.madvise(mmap.MADV_HUGEPAGE, start, size)
-    return memory[start : start + size]
 
 
 allocate = _Arena().allocate

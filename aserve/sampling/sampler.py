@@ -7,6 +7,7 @@ import inspect
 import logging
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch
 from aserve import ops
 from aserve.messages.params import LogitsProcessor, SamplingParams, SamplingType
 from aserve.messages.step import SampleLogprobs
+from aserve.sampling.guided import GuidedRows
 from aserve.sampling.penalties import PenaltyRows
 from aserve.sampling.rng import uniforms
 from aserve.sampling.truncation import truncate
@@ -39,7 +41,8 @@ class _Needs(enum.IntFlag):
     PROCESSORS = 8
     MIN_TOKENS = 16
     LOGPROBS = 32
-    CANDIDATES = 64
+    GUIDED = 64
+    CANDIDATES = 128
 
 
 @dataclass(slots=True)
@@ -74,7 +77,8 @@ class SamplerState:
 
     The order of operations on a row: logit bias and logits processors, the mask of ``min_tokens``,
     repetition, frequency and presence penalties, temperature, top-k, top-p, min-p, softmax in float32,
-    the draw. Returned log-probabilities come from that softmax.
+    the draw. Tokens that a guide forbids are masked last before the temperature, so that nothing can
+    bring them back. Returned log-probabilities come from that softmax.
 
     A slot that reports candidates, for beam search, draws the likeliest. Its softmax comes first and is not
     made again, so that what bias, processors, ``min_tokens`` and penalties do to one token's log-probability
@@ -86,6 +90,7 @@ class SamplerState:
         self.device = device
         self._rows: dict[int, _Row] = {}
         self._penalties = PenaltyRows()
+        self._guided = GuidedRows(vocab_size, device)
         self._needs = np.zeros(num_slots, dtype=np.int64)
         self._temperature = np.ones(num_slots, dtype=np.float32)
         self._top_k = np.full(num_slots, vocab_size, dtype=np.int64)
@@ -107,10 +112,12 @@ class SamplerState:
         prompt_token_ids: list[int],
         output_token_ids: list[int],
         eos_token_id: int | None,
+        grammar: Any = None,
         candidates: int = 0,
     ) -> None:
         """Gives ``slot`` to a sequence; ``output_token_ids`` is what it had drawn before a preemption.
 
+        grammar: what its output must match (:class:`aserve.guided.base.Grammar`), if anything.
         candidates: how many of the likeliest tokens are to be reported, of which :meth:`choose` names one.
         """
         needs = _Needs.CANDIDATES | _Needs.LOGPROBS if candidates else _Needs(0)
@@ -142,6 +149,9 @@ class SamplerState:
                 banned = torch.tensor(usable, device=self.device)
         if params.logprobs is not None:
             needs |= _Needs.LOGPROBS
+        if grammar is not None:
+            needs |= _Needs.GUIDED
+        self._guided.add(slot, grammar, output_token_ids, eos_token_id, params.stop_token_ids or ())
         self._rows[slot] = _Row(
             params,
             prompt_token_ids,
@@ -172,6 +182,7 @@ class SamplerState:
             parent.top,
         )
         self._penalties.fork(slot, parent_slot)
+        self._guided.fork(slot, parent_slot)
         for column in (
             self._needs,
             self._temperature,
@@ -211,16 +222,28 @@ class SamplerState:
         plain = np.flatnonzero(needs == 0)
         if len(plain) == len(slots):
             sampled = _greedy(logits)
-        elif len(plain) == 0:
-            sampled = self._sample(logits, needs, slots, index)
         else:
-            others = np.flatnonzero(needs)
-            parts = [torch.from_numpy(each).to(logits.device) for each in (plain, others)]
-            chosen = [slots[i] for i in others.tolist()]
-            greedy = _greedy(logits[parts[0]])
-            drawn = self._sample(logits[parts[1]], needs[others], chosen, index[others])
-            sampled = _merge(len(slots), (plain.tolist(), greedy), (others.tolist(), drawn))
+            plain = np.flatnonzero(needs & ~_Needs.GUIDED == 0)
+            if len(plain) == len(slots):
+                sampled = self._likeliest(logits, needs, slots)
+            elif len(plain) == 0:
+                sampled = self._sample(logits, needs, slots, index)
+            else:
+                others = np.flatnonzero(needs & ~_Needs.GUIDED)
+                parts = [torch.from_numpy(each).to(logits.device) for each in (plain, others)]
+                greedy = self._likeliest(logits[parts[0]], needs[plain], [slots[i] for i in plain.tolist()])
+                chosen = [slots[i] for i in others.tolist()]
+                drawn = self._sample(logits[parts[1]], needs[others], chosen, index[others])
+                sampled = _merge(len(slots), (plain.tolist(), greedy), (others.tolist(), drawn))
         self._remember(needs, slots, index, sampled)
+        return sampled
+
+    def _likeliest(self, logits: torch.Tensor, needs: np.ndarray, slots: list[int]) -> Sampled:
+        """The likeliest tokens of rows that need nothing but, some of them, a mask."""
+        places = np.flatnonzero(needs).tolist()
+        failed = self._guided.apply(logits, places, [slots[i] for i in places]) if places else {}
+        sampled = _greedy(logits)
+        sampled.failed.update(failed)
         return sampled
 
     def only_likeliest(self, slots: list[int]) -> bool:
@@ -254,7 +277,7 @@ class SamplerState:
         if every & _Needs.CANDIDATES:
             beams = torch.from_numpy(np.flatnonzero(needs & _Needs.CANDIDATES)).to(logits.device)
             logits[beams] = logits[beams].log_softmax(-1)
-        if every & (_Needs.PROCESSORS | _Needs.MIN_TOKENS | _Needs.PENALTIES):
+        if every & (_Needs.PROCESSORS | _Needs.MIN_TOKENS | _Needs.PENALTIES | _Needs.GUIDED):
             self._edit(logits, needs, slots, failed)
         highest, token_ids = logits.max(-1)
         finite = torch.isfinite(highest)
@@ -337,6 +360,10 @@ class SamplerState:
         penalised = np.flatnonzero(needs & _Needs.PENALTIES).tolist()
         if penalised:
             self._penalties.apply(logits, penalised, [slots[i] for i in penalised])
+        guided = np.flatnonzero(needs & _Needs.GUIDED).tolist()
+        if guided:
+            for i, reason in self._guided.apply(logits, guided, [slots[i] for i in guided]).items():
+                failed.setdefault(i, reason)
 
     def _process(self, row: torch.Tensor, state: _Row) -> torch.Tensor:
         row = row.clone()
@@ -353,12 +380,23 @@ class SamplerState:
 
     def _remember(self, needs: np.ndarray, slots: list[int], index: np.ndarray, sampled: Sampled) -> None:
         self._num_output[index] += 1
-        drawn = (needs & _Needs.CANDIDATES) == 0
-        tracked = np.flatnonzero(drawn & ((needs & (_Needs.PENALTIES | _Needs.PROCESSORS)) != 0)).tolist()
+        tracked = np.flatnonzero(
+            (needs & (_Needs.PENALTIES | _Needs.PROCESSORS | _Needs.GUIDED) != 0)
+            & (needs & _Needs.CANDIDATES == 0)
+        ).tolist()
         if not tracked:
             return
         tokens = sampled.token_ids.tolist()
         for i in tracked:
+            if needs[i] & _Needs.GUIDED:
+                try:
+                    self._guided.advance(slots[i], tokens[i])
+                    reason = self._guided.broken(slots[i])
+                except Exception as error:  # as below
+                    logger.error("a drawn token could not be matched", exc_info=error)
+                    reason = f"matching its tokens failed ({type(error).__name__})"
+                if reason is not None:
+                    sampled.failed.setdefault(i, reason)
             row = self._rows[slots[i]]
             if row.processors:
                 row.output.append(tokens[i])

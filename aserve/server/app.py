@@ -16,12 +16,12 @@ from quart import Quart, Request, Response, request
 from quart.json.provider import JSONProvider
 
 from aserve.errors import AserveError
-from aserve.server import admin_api, errors, ops_api
+from aserve.server import admin_api, errors, openapi, ops_api
 from aserve.server.anthropic import messages
 from aserve.server.connection import Connection, Exchanges
 from aserve.server.keys import KeyRing
 from aserve.server.openai import chat, completions, embeddings, models, responses, tokenization
-from aserve.server.security import Cors, HttpMiddleware, KeyGuard, load_middleware
+from aserve.server.security import Cors, HttpMiddleware, KeyGuard, check_head, load_middleware
 from aserve.server.service import Service, client_request_id, new_id
 from aserve.tokenizer.chat import resolve_chat_template
 
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BLUEPRINTS = (ops_api, admin_api, models, completions, chat, responses, messages, embeddings, tokenization)
+BLUEPRINTS = (
+    ops_api, openapi, admin_api, models, completions, chat, responses, messages, embeddings, tokenization,
+)  # fmt: skip
 
 
 class OrjsonProvider(JSONProvider):
@@ -120,12 +122,15 @@ def create_app(
         app.register_blueprint(module.blueprint)
     errors.register(app)
     keys = KeyRing(server_args.api_key or (), server_args.api_key_file)
-    _add_hooks(app, server_args, keys)
+    _add_hooks(app, server_args, keys, shared)
     _add_middleware(app, server_args.middleware)
 
     @app.while_serving
     async def own_engine() -> AsyncGenerator[None, None]:
-        shared.start(engine if engine is not None else _make_engine(engine_args))
+        if engine is not None:
+            shared.start(engine)
+        else:
+            shared.start(_make_engine(engine_args), warm=True)
         with _reloading(keys, server_args.api_key_file):
             yield
         await shared.stop()
@@ -133,8 +138,9 @@ def create_app(
     return app
 
 
-def _add_hooks(app: App, args: ServerArgs, keys: KeyRing) -> None:
+def _add_hooks(app: App, args: ServerArgs, keys: KeyRing, shared: Service) -> None:
     cors = Cors(args)
+    app.before_request(check_head)
     app.before_request(cors.preflight)
     app.before_request(KeyGuard(keys).check)
 
@@ -142,6 +148,13 @@ def _add_hooks(app: App, args: ServerArgs, keys: KeyRing) -> None:
         response.headers["X-Request-Id"] = client_request_id() or new_id("req")
         return response
 
+    async def count(response: Response) -> Response:
+        # A probe is answered 503 as often as it asks: that is no request that failed.
+        if response.status_code >= 400 and request.blueprint != "ops":
+            shared.count_error(response.status_code)
+        return response
+
+    app.after_request(count)
     app.after_request(cors.annotate)
     app.after_request(identify)
 

@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from quart import Response
+from quart import Response, request
 from werkzeug.exceptions import HTTPException
 
 from aserve.errors import AserveError, ConfigError, without_private
@@ -28,6 +28,8 @@ _MESSAGES = {
     405: "this path does not take that method",
     408: "the request body did not arrive in time",
     413: "the request body is too large",
+    414: "the request target is too long",
+    431: "the request's headers are too large or too many",
     415: "the request body must be JSON without content encoding",
 }
 
@@ -94,6 +96,8 @@ async def on_aserve_error(error: AserveError) -> Any:
 
 
 async def on_http_error(error: HTTPException) -> Any:
+    if error.code == 413:
+        request.body.clear()  # a timer of the body's time limit may keep it alive for as long as that
     return _http_error(error)
 
 

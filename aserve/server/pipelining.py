@@ -22,6 +22,9 @@ from hypercorn.protocol.h11 import H11Protocol
 if TYPE_CHECKING:
     from hypercorn.events import Event
 
+HEADER_SECONDS = 20.0
+"""Seconds a request's head may take from its first byte to its last."""
+
 MAX_PIPELINED = 256 * 1024
 """Bytes a client may send ahead of the answer it waits for; more closes the connection."""
 
@@ -61,9 +64,16 @@ class ReadingH11Protocol(H11Protocol):
         self._paused = False
         self._buffered = 0
         self._order = asyncio.Lock()
+        self._deadline: asyncio.TimerHandle | None = None
+
+    async def initiate(self) -> None:
+        table.add(self)
+        await super().initiate()
 
     async def handle(self, event: Event) -> None:
         if not isinstance(event, RawData):
+            table.remove(self)
+            self._stop_clock()
             await super().handle(event)
             return
         if self._paused:
@@ -75,6 +85,12 @@ class ReadingH11Protocol(H11Protocol):
         self.connection.receive_data(event.data)
         if not self._paused:
             await self._handle_events()
+            if self._deadline is not None:
+                if self.connection.their_state is not h11.IDLE:
+                    self._stop_clock()
+            elif self.connection.their_state is h11.IDLE and event.data and self.stream is None:
+                # Part of a head has come. Its rest must not take for ever, however steadily it trickles.
+                self._deadline = asyncio.get_running_loop().call_later(HEADER_SECONDS, self.drop)
 
     async def _handle_events(self) -> None:
         # Reader and resumption take turns: body parts must reach the application in order.
@@ -84,6 +100,9 @@ class ReadingH11Protocol(H11Protocol):
             except _Paused:
                 self._paused = True
                 self._buffered = 0
+            except h11.RemoteProtocolError as error:
+                await self._send_error_response(error.error_status_hint)
+                await self.send(Closed())
 
     def _resume(self) -> None:
         """The answer is out: takes up what was buffered meanwhile, in a task of its own.
@@ -95,10 +114,96 @@ class ReadingH11Protocol(H11Protocol):
             self._paused = False
             self.task_group.spawn(self._handle_events)
 
+    def _stop_clock(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def drop(self) -> None:
+        """Closes the connection, on which no request is being answered."""
+        self.task_group.spawn(self._drop)
+
+    async def _drop(self) -> None:
+        await self.handle(Closed())
+        await self.send(Closed())
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        table.busy(self)
+        await super()._create_stream(request)
+
+    async def _maybe_recycle(self) -> None:
+        table.idle(self)
+        await super()._maybe_recycle()
+
     async def _check_protocol(self, event: h11.Request) -> None:
-        return None
+        # A proxy may have taken the body's length from the one, and h11 takes it from the other.
+        names = {name for name, _ in event.headers}
+        if b"transfer-encoding" in names and b"content-length" in names:
+            raise h11.RemoteProtocolError("both Transfer-Encoding and Content-Length", error_status_hint=400)
+
+
+class ConnectionTable:
+    """The open connections. With ``most`` of them open, a new one costs the one that is idle the longest.
+
+    So connections that are held open and ask for nothing keep nobody out.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._idle: dict[ReadingH11Protocol, None] = {}  # in the order they became so
+        self._busy: set[ReadingH11Protocol] = set()
+
+    def __len__(self) -> int:
+        return len(self._idle) + len(self._busy)
+
+    def add(self, connection: ReadingH11Protocol) -> None:
+        if len(self) >= self.most:
+            # Where all are busy it is the newcomer's own.
+            oldest = next(iter(self._idle), connection)
+            self._idle.pop(oldest, None)
+            oldest.drop()
+            if oldest is connection:
+                return
+        self._idle[connection] = None
+
+    def busy(self, connection: ReadingH11Protocol) -> None:
+        self._idle.pop(connection, None)
+        self._busy.add(connection)
+
+    def idle(self, connection: ReadingH11Protocol) -> None:
+        if connection in self._busy:
+            self._busy.remove(connection)
+            self._idle[connection] = None
+
+    def remove(self, connection: ReadingH11Protocol) -> None:
+        self._idle.pop(connection, None)
+        self._busy.discard(connection)
+
+
+SPARE_FILES = 128
+"""Files that connections leave for everything else."""
+
+
+def raise_file_limit() -> int:
+    """Takes as many open files as the process may have; returns how many of them connections may take."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return 4096
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return max(64, min(soft, 1 << 16) - SPARE_FILES) if soft > 0 else 1 << 16
+
+
+table = ConnectionTable(1 << 16)
 
 
 def install() -> None:
-    """Makes Hypercorn use :class:`ReadingH11Protocol` for the connections it accepts from now on."""
+    """Makes Hypercorn use :class:`ReadingH11Protocol` for the connections it accepts from now on.
+
+    Also raises the process' limit of open files, which bounds the number of connections.
+    """
+    table.most = raise_file_limit()
     hypercorn_protocol.H11Protocol = ReadingH11Protocol  # type: ignore[attr-defined]

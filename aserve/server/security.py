@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from quart import Request, Response, current_app, g, request
+from werkzeug.exceptions import RequestHeaderFieldsTooLarge, RequestURITooLarge
 
 from aserve.errors import AuthenticationError, ConfigError, ForbiddenError
 
@@ -24,6 +25,22 @@ logger = logging.getLogger(__name__)
 
 PREFLIGHT_SECONDS = "600"
 _ALL_METHODS = "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT"
+
+
+MAX_HEADERS = 128
+MAX_HEADER_BYTES = 32 * 1024
+MAX_TARGET_BYTES = 8 * 1024
+
+
+async def check_head() -> None:
+    """The first ``before_request`` hook: refuses a head that is larger than any client's."""
+    scope = request.scope
+    headers = list(scope["headers"])
+    size = sum(len(name) + len(value) for name, value in headers)
+    if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+        raise RequestHeaderFieldsTooLarge
+    if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_TARGET_BYTES:
+        raise RequestURITooLarge
 
 
 def open_to_all(view: View) -> View:

@@ -39,12 +39,28 @@ def resolve_chat_template(arg: str | None) -> str | None:
         raise ConfigError(f"chat_template: {error}", param="chat_template") from error
 
 
+def template_text(
+    tokenizer: Any, chat_template: str | None = None, *, with_tools: bool = False
+) -> str | None:
+    """The text of ``chat_template``, or of the tokenizer's own, which may be one of several by name.
+
+    with_tools: the one that is rendered when there are tools. None: there is no template.
+    """
+    named = getattr(tokenizer, "chat_template", None)
+    if isinstance(named, dict):
+        if chat_template in named:
+            return str(named[chat_template])
+        named = named.get("tool_use") if with_tools and "tool_use" in named else named.get("default")
+    return chat_template or named or None
+
+
 def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, Any]],
     *,
     chat_template: str | None = None,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
     documents: Sequence[Mapping[str, Any]] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
@@ -52,6 +68,8 @@ def render_chat(
     """The prompt that ``chat_template`` (default: the tokenizer's) makes of ``messages``.
 
     Rendered by transformers in its immutable Jinja sandbox, so it is what ``apply_chat_template`` gives.
+    continue_final_message: the prompt ends where the text of the last message does.
+
     ``template_kwargs`` are variables for the template. InvalidRequestError: there is no template, it
     refuses the messages or fails on them (the message is the template's own), or ``template_kwargs``
     names an argument of the renderer.
@@ -71,6 +89,7 @@ def render_chat(
             chat_template=chat_template,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
+            continue_final_message=continue_final_message,
             **variables,
         )
     except Exception as error:  # a template is a program: it can fail in any way, and only this request

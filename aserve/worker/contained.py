@@ -36,7 +36,14 @@ class ContainedRows:
         self.broken.pop(new.slot, None)
         try:
             self.sampler.add(
-                new.slot, new.params, new.rng_seed, prompt, output, new.eos_token_id, new.candidates
+                new.slot,
+                new.params,
+                new.rng_seed,
+                prompt,
+                output,
+                new.eos_token_id,
+                new.grammar,
+                new.candidates,
             )
         except Exception as error:
             self._breaks(new.slot, "preparing its sampling parameters", error)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
 
-import numpy as np
 import torch
 
 from aserve.attention.base import KVCache
@@ -12,10 +12,10 @@ from aserve.config.cache import DEFAULT_SWAP_BYTES
 from aserve.config.engine import EngineConfig
 from aserve.config.memory import available_memory_bytes
 from aserve.errors import ConfigError
+from aserve.ops.memory import huge_pages
 
 logger = logging.getLogger(__name__)
 
-_ALIGNMENT = 64
 _GIB = 1 << 30
 
 
@@ -121,9 +121,7 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # torch.zeros writes every page. numpy's zeros are untouched pages of the kernel's: memory is
-    # used only once a block is, and a large cache costs nothing at start.
-    count = int(np.prod(shape)) * dtype.itemsize
-    raw = np.zeros(count + _ALIGNMENT, dtype=np.uint8)
-    skip = -raw.ctypes.data % _ALIGNMENT
-    return torch.from_numpy(raw[skip : skip + count]).view(dtype).view(shape)
+    # torch.zeros writes every page. These are untouched pages of the kernel's: memory is used only once a
+    # block is, and a large cache costs nothing at start.
+    count = math.prod(shape) * dtype.itemsize
+    return huge_pages(count)[:count].view(dtype).view(shape)

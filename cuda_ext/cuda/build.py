@@ -115,7 +115,6 @@ def build(target: str, extra: list[Path], jobs: int) -> tuple[Path, list[str]]:
         as_cpp, link = ["-x", "c++"], ["-shared"]
         if target == "asan":
             link.append("-fsanitize=address,undefined")
-    flags += ["-I", str(HERE)]
     headers = sorted(p for p in HERE.rglob("*") if p.suffix in (".cuh", ".h"))
     version = run([compiler, "--version"]).encode()
     common = [p.read_bytes() for p in headers] + [" ".join(flags).encode(), version]
@@ -127,7 +126,7 @@ def build(target: str, extra: list[Path], jobs: int) -> tuple[Path, list[str]]:
     def compile_one(item: tuple[Path, Path]) -> None:
         path, source = item
         aside = path.with_name(f"{path.name}.{os.getpid()}.o")
-        said = run([compiler, *flags, *as_cpp, "-c", str(source), "-o", str(aside)])
+        said = run([compiler, *flags, "-I", str(HERE), *as_cpp, "-c", str(source), "-o", str(aside)])
         if said and target != "cuda":
             print(said, file=sys.stderr, end="")
         path.with_suffix(".log").write_text(said)

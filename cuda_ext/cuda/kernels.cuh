@@ -127,5 +127,9 @@ ASERVE_LAUNCHER aserve_cuda_decode_simple(const aserve::cuda::AttentionArgs* arg
 ASERVE_LAUNCHER aserve_cuda_decode_tensor(const aserve::cuda::AttentionArgs* args, void* stream);
 // Any number of queries a row, on the tensor cores.
 ASERVE_LAUNCHER aserve_cuda_prefill(const aserve::cuda::AttentionArgs* args, void* stream);
+// The one of the three that suits max_query_len, the group, dtype and head size; see attention.cu.
+ASERVE_LAUNCHER aserve_cuda_attention(const aserve::cuda::AttentionArgs* args, void* stream);
+ASERVE_LAUNCHER aserve_cuda_decode_splits(int64_t rows, int64_t kv_heads, int64_t max_seq_len,
+                                          int64_t multiprocessors);
 ASERVE_LAUNCHER aserve_cuda_penalties(const aserve::cuda::PenaltyArgs* args, void* stream);
 ASERVE_LAUNCHER aserve_cuda_sample(const aserve::cuda::SampleArgs* args, void* stream);

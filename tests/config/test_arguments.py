@@ -75,7 +75,7 @@ ENGINE: list[tuple[str, Any, Any]] = [
     ("image_feature_size", MAYBE_INT, None),
     ("scheduler_delay_factor", float, 0.0),
     ("enable_chunked_prefill", bool | None, False),
-    ("guided_decoding_backend", STR, "outlines"),
+    ("guided_decoding_backend", STR, "llguidance"),
     ("speculative_model", MAYBE_STR, None),
     ("num_speculative_tokens", MAYBE_INT, None),
     ("speculative_max_model_len", MAYBE_INT, None),
@@ -87,6 +87,8 @@ ENGINE: list[tuple[str, Any, Any]] = [
     ("num_scheduler_steps", MAYBE_INT, None),
     ("max_decode_slowdown", float | None, None),
     ("overlap", INT, 1),
+    ("guided_compile_timeout", float | None, None),
+    ("guided_cache_size", INT, 256),
 ]
 ASYNC: list[tuple[str, Any, Any]] = [
     ("engine_use_ray", bool, False),
@@ -107,6 +109,8 @@ SERVER: dict[str, Any] = {
     "lora_modules": None,
     "chat_template": None,
     "response_role": "assistant",
+    "tool_call_parser": None,
+    "enable_auto_tool_choice": False,
     "ssl_keyfile": None,
     "ssl_certfile": None,
     "ssl_ca_certs": None,
@@ -118,11 +122,12 @@ SERVER: dict[str, Any] = {
     "max_body_size": 16 * 1024 * 1024,
 }
 CHOICES: dict[str, list[Any]] = {
+    "--tool-call-parser": ["hermes", "llama3-json", "mistral", "pythonic"],
     "--log-level": ["debug", "info", "warning", "error", "critical", "trace"],
     "--tokenizer-mode": ["auto", "slow"],
     "--load-format": ["auto", "pt", "safetensors", "npcache", "dummy", "tensorizer", "gguf"],
     "--dtype": ["auto", "half", "float16", "bfloat16", "float", "float32"],
-    "--guided-decoding-backend": ["outlines", "lm-format-enforcer"],
+    "--guided-decoding-backend": ["llguidance", "outlines", "lm-format-enforcer"],
     "--distributed-executor-backend": ["ray", "mp"],
     "--device": ["auto", "cuda", "neuron", "cpu"],
     "--kv-cache-dtype": ["auto", "fp8", "fp8_e5m2", "fp8_e4m3"],

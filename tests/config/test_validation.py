@@ -95,6 +95,9 @@ BAD_VALUES: list[tuple[str, dict[str, Any]]] = [
     ("tokenizer_pool_type", {**POOL, "tokenizer_pool_type": "fork"}),
     ("tokenizer_pool_extra_config", {**POOL, "tokenizer_pool_extra_config": "3"}),
     ("guided_decoding_backend", {"guided_decoding_backend": "regex"}),
+    ("guided_compile_timeout", {"guided_compile_timeout": 0}),
+    ("guided_compile_timeout", {"guided_compile_timeout": float("nan")}),
+    ("guided_cache_size", {"guided_cache_size": -1}),
     ("max_log_len", {"max_log_len": -1}),
     ("max_lora_rank", {**LORA, "max_lora_rank": 7}),
     ("max_loras", {**LORA, "max_loras": 0}),
@@ -138,7 +141,7 @@ def test_defaults_resolve(resolve: Resolve) -> None:
     assert config.load.load_format == "auto" and config.load.extra_config == {}
     optional = (config.lora, config.vision_language, config.speculative, config.tokenizer_pool)
     assert optional == (None,) * 4
-    assert config.decoding.guided_decoding_backend == "outlines"
+    assert config.decoding.guided_decoding_backend == "llguidance"
 
 
 # --- device

@@ -183,7 +183,9 @@ def test_forbidden_tokens_are_no_candidates():
     assert search.done and [each.content for each in search.hypotheses] == ["0x"]
 
 
-@pytest.mark.parametrize(("early_stopping", "later", "at_once"), [(True, 1, 1), (False, 0, 1), ("never", 0, 0)])
+@pytest.mark.parametrize(
+    ("early_stopping", "later", "at_once"), [(True, 1, 1), (False, 0, 1), ("never", 0, 0)]
+)
 def test_when_a_search_with_as_many_hypotheses_as_beams_is_over(early_stopping, later, at_once):
     # One hypothesis is old and bad, and what runs is better than that.
     search = BeamSearch(2, 10, 2.0, early_stopping)
@@ -193,7 +195,9 @@ def test_when_a_search_with_as_many_hypotheses_as_beams_is_over(early_stopping, 
     # Both have just ended, so that what runs is worse; not if it goes on for long.
     search = BeamSearch(2, 10, 2.0, early_stopping)
     search.advance([beam(0.0, a=-0.1, b=-5.0)], ends_with("x"), name)
-    search.advance([beam(-0.1, x=-3.0, y=-4.0, c=-4.5, d=-5.0), beam(-5.0, z=-9.0)], ends_with("x", "y"), name)
+    search.advance(
+        [beam(-0.1, x=-3.0, y=-4.0, c=-4.5, d=-5.0), beam(-5.0, z=-9.0)], ends_with("x", "y"), name
+    )
     assert len(search.hypotheses) == 2 and search.done is bool(at_once)
 
 

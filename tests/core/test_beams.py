@@ -58,7 +58,12 @@ POLICIES = {
         "chunked_prefill": True,
         "max_num_batched_tokens": 9,
     },
-    "too little swap space": {"num_blocks": 16, "num_swap_blocks": 4, "preemption_mode": "swap", "overlap": 1},
+    "too little swap space": {
+        "num_blocks": 16,
+        "num_swap_blocks": 4,
+        "preemption_mode": "swap",
+        "overlap": 1,
+    },
     "lookahead": {"num_lookahead_slots": 3, "overlap": 1, "num_blocks": 80},
     "window": {"window": 5, "num_blocks": 11, "preemption_mode": "recompute", "overlap": 1},
     "window swap": {"window": 5, "num_blocks": 11, "num_swap_blocks": 60, "overlap": 1},

@@ -203,3 +203,11 @@ def test_prompt_tokens_of_a_step_can_be_bounded():
         [("bb", 8), ("a", 1)],
         [("bb", 4), ("ccc", 4), ("a", 1)],
     ]
+
+
+def test_freed_blocks_are_used_again_before_fresh_ones():
+    pool = BlockPool(100)
+    for _ in range(30):
+        blocks = pool.allocate(7)
+        assert max(blocks) < 7
+        pool.release(blocks)

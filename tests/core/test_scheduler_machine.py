@@ -8,6 +8,7 @@ from array import array
 from collections import deque
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -17,8 +18,16 @@ from aserve.core.scheduler import Scheduler, SchedulerLimits
 from aserve.core.sequence import SequenceGroup, SequenceStatus
 from aserve.core.waiting import order
 from aserve.errors import QueueFullError
+from aserve.messages.inputs import PoolingParams
 from aserve.messages.params import SamplingParams
-from tests.core.memory_worker import VOCAB, MemoryWorker, expected_beams, expected_output, prefix_hash
+from tests.core.memory_worker import (
+    VOCAB,
+    MemoryWorker,
+    expected_beams,
+    expected_output,
+    expected_vector,
+    prefix_hash,
+)
 
 MAX_MODEL_LEN = 48
 STOP_TOKEN = 7
@@ -106,6 +115,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         eos=st.sampled_from([None, None, STOP_TOKEN + 1]),
         beams=st.sampled_from([None, True, False, "never"]),
         length_penalty=st.sampled_from([1.0, 0.0, 2.0, -1.0]),
+        pooled=st.sampled_from([False] * 4 + [True]),
     )
     def add(
         self,
@@ -122,12 +132,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         eos,
         beams,
         length_penalty,
+        pooled,
     ):
         if data.draw(st.booleans()):  # a prompt that begins like something seen before
             text = data.draw(st.sampled_from(self.texts))
             prompt = (text[: data.draw(st.integers(1, len(text)))] + prompt[:3])[:MAX_MODEL_LEN]
         search = {}
-        if beams is not None and width > 1:
+        if beams is not None and width > 1 and not pooled:
             search = {"use_beam_search": True, "early_stopping": beams, "length_penalty": length_penalty}
         params = SamplingParams(
             n=width,
@@ -137,6 +148,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             prompt_logprobs=prompt_logprobs,
             **search,
         )
+        if pooled:
+            width, params = 1, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
         self.names += 1
         self.now += 0.01
         group = SequenceGroup(
@@ -151,6 +164,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             deadline=None if timeout is None else self.now + timeout,
             cache_salt=salt,
             eos_token_id=eos,
+            pooling=PoolingParams() if pooled else None,
         )
         waiting = self.scheduler.waiting
         most = self.limits.max_waiting_requests
@@ -199,8 +213,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan, result = self.issued.popleft()
         changes = self.scheduler.commit(plan, result, self.now)
         assert changes.steps == result.steps
+        for group, vector in changes.pooled:
+            assert np.array_equal(vector, expected_vector(group.prompt_token_ids))
+            assert group.finished and group.seqs[0].num_output_tokens == 0
+            assert self.live.pop(group.request_id) is group
+            self.ended += 1
         told: dict[int, list[int]] = {}
         for update in changes.tokens:
+            assert update.seq.group.pooling is None
             told.setdefault(id(update.seq), []).append(update.token_id)
         for update in changes.tokens:
             new = told[id(update.seq)]

@@ -16,14 +16,15 @@ from tests.cuda.emulator import FORWARD, Emulator
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "cuda_ext" / "cuda" / "build.py"
+FULL = os.environ.get("ASERVE_KERNEL_CASES") == "full"
 TARGET_VARIABLE = "ASERVE_EMULATION"  # "asan" for the build with sanitizers
 
 
-def run_build(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_build(*arguments: str, script: Path = BUILD, **environment: str) -> subprocess.CompletedProcess[str]:
     # A preloaded sanitizer is for this process, not for compilers.
     clean = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     return subprocess.run(
-        [sys.executable, str(BUILD), *arguments],
+        [sys.executable, str(script), *arguments],
         capture_output=True,
         text=True,
         env={**clean, **environment},

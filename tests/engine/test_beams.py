@@ -188,7 +188,9 @@ async def test_streams_get_the_whole_at_the_end_and_others_run_beside(make_async
         outputs(params, "c"),
     )
     assert [len(each) for each in found] == [1, 12, 1]
-    assert [each.token_ids for each in found[0][0].outputs] == [each.token_ids for each in found[2][0].outputs]
+    assert [each.token_ids for each in found[0][0].outputs] == [
+        each.token_ids for each in found[2][0].outputs
+    ]
     core = engine.engine.core
     assert core.ledger.finished == core.ledger.received == 3
     assert core.blocks.num_free == core.blocks.num_blocks

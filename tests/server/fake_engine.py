@@ -63,17 +63,26 @@ class FakeTokenizer:
         documents: Any = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         tokenize: bool = True,
         **kwargs: Any,
     ) -> str:
         if any(message["role"] == "forbidden" for message in conversation):
             raise ValueError("this template knows no role forbidden")
         self.variables = {"documents": documents, **kwargs}
+        if continue_final_message:
+            self.variables["continue_final_message"] = True
         text = "".join(f"<{message['role']}>{message['content']}" for message in conversation)
         return text + ("<assistant>" if add_generation_prompt else "")
 
 
 class FakeStats:
+    def __init__(self) -> None:
+        self.errors: list[int] = []
+
+    def on_http_error(self, status: int) -> None:
+        self.errors.append(status)
+
     def render(self) -> bytes:
         return b"# HELP fake one\n# TYPE fake gauge\nfake 1\n"
 

@@ -211,6 +211,12 @@ async def test_thinking_is_a_variable(client: Any, engine: FakeEngine) -> None:
         assert engine.tokenizer.variables["enable_thinking"] is wanted
 
 
+async def test_an_answer_that_has_begun_is_gone_on_with(client: Any, engine: FakeEngine) -> None:
+    answer = await ask(client, **body(messages=[*HELLO, {"role": "assistant", "content": "{"}]))
+    assert bytes(engine.submitted[0].ids) == b"<user>hello<assistant>{"
+    assert answer["content"] == [{"type": "text", "text": "the "}]
+
+
 async def test_count_tokens(client: Any, engine: FakeEngine) -> None:
     path = URL + "/count_tokens"
     answer = await ask(client, path, model="fake", messages=HELLO, system="x")

@@ -208,3 +208,16 @@ async def test_parts(client: Any, engine: FakeEngine) -> None:
         answer = await client.post(CHAT, json={**PLAIN, "messages": [{"role": "user", "content": [part]}]})
         assert answer.status_code == 400
         assert "messages.0.content" in (await answer.get_json())["error"]["message"]
+
+
+async def test_the_last_message_is_gone_on_with(client: Any, engine: FakeEngine) -> None:
+    begun = [*HELLO, {"role": "assistant", "content": "Well, "}]
+    answer = await client.post(CHAT, json={**PLAIN, "messages": begun, "continue_final_message": True})
+    assert answer.status_code == 200, await answer.get_data()
+    message = (await answer.get_json())["choices"][0]["message"]
+    assert (message["role"], message["content"]) == ("assistant", TEXT[:4])
+    assert bytes(engine.submitted[0].ids) == b"<user>hello<assistant>Well, "
+    assert engine.tokenizer.variables["continue_final_message"] is True
+    answer = await client.post(CHAT, json={**PLAIN, "continue_final_message": True})
+    assert answer.status_code == 400
+    assert (await answer.get_json())["error"]["param"] == "continue_final_message"

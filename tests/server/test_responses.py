@@ -255,6 +255,12 @@ async def test_a_limit_beyond_the_context_is_lowered(client: Any, engine: FakeEn
     assert answer["usage"]["total_tokens"] == 40
 
 
+async def test_input_tokens(api: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    count = await api.responses.input_tokens.count(model="fake", input="hello", instructions="x")
+    assert count.input_tokens == len(b"<system>x<user>hello<assistant>")
+    assert engine.submitted == []
+
+
 async def test_fields_without_effect(client: Any) -> None:
     await ask(
         client,

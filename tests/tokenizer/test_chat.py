@@ -137,3 +137,12 @@ def test_bad_template_argument(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot read"):
         resolve_chat_template(str(binary))
+
+
+def test_the_last_message_can_be_gone_on_with() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="</s>")
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well, I"}]
+    prompt = render_chat(
+        tokenizer, talk, chat_template=CHATML, add_generation_prompt=False, continue_final_message=True
+    )
+    assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nWell, I"

@@ -118,12 +118,17 @@ class CountBody(Body):
             if getattr(self, name):
                 raise InvalidRequestError(f"{name} is not supported: this server runs no tools", param=name)
         choice = self.tool_choice or {}
+        messages = self.chat_messages()
+        last = messages[-1] if messages else {}
+        # An answer that the client has begun is gone on with.
+        begun = last.get("role") == "assistant" and bool(last["content"]) and "tool_calls" not in last
         variables = None
         if self.thinking is not None:
             variables = {"enable_thinking": self.thinking.type != "disabled"}
         return chat_body(
             model=self.model,
-            messages=self.chat_messages(),
+            messages=messages,
+            continue_final_message=begun,
             tools=self.functions() or None,
             tool_choice=self.choice(),
             parallel_tool_calls=not choice.get("disable_parallel_tool_use", False),

@@ -16,7 +16,6 @@ from aserve.server.direct import LiveEvents
 from aserve.server.openai import chat
 from aserve.server.openai.chat import Begun
 from aserve.server.openai.generation import Usage
-from aserve.server.openai.models import served_model
 from aserve.server.openai.pieces import CallArguments, CallStart, Text
 from aserve.server.openai.protocol import read
 from aserve.server.service import new_id, service
@@ -44,14 +43,8 @@ async def create_message() -> Response:
 async def count_tokens() -> Response:
     """The length of the prompt that the same message would have."""
     body = await read(CountBody)
-    engine = await service().ready_engine()
-    served_model(engine, body.model)
-    asked = body.chat()
-    limits = engine.model_config
-    asked.check(vocab_size=limits.vocab_size, max_num_seqs=engine.config.scheduler.max_num_seqs)
-    asked.refuse_tools()
-    prompt = await chat.make_prompt(engine, asked, chat.conversation(asked.messages))
-    return Response(orjson.dumps({"input_tokens": len(prompt.ids)}), content_type="application/json")
+    count = await chat.count_prompt(body.chat())
+    return Response(orjson.dumps({"input_tokens": count}), content_type="application/json")
 
 
 class _Answer:

@@ -17,7 +17,8 @@ from werkzeug.exceptions import UnsupportedMediaType
 
 from aserve.errors import InvalidRequestError
 from aserve.messages.inputs import RequestOptions
-from aserve.messages.params import SamplingParams
+from aserve.messages.params import GuidedParams, SamplingParams
+from aserve.server.openai.guided import guided_params
 from aserve.server.service import service
 
 MAX_STOP = 16
@@ -62,8 +63,16 @@ class StreamOptions(Body):
     include_obfuscation: Any = None
 
 
+class JsonSchema(Body):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: Bool | None = None
+
+
 class ResponseFormat(Body):
     type: str
+    json_schema: JsonSchema | None = None
 
 
 class SamplingBody(Body):
@@ -105,6 +114,8 @@ class SamplingBody(Body):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
+    guided_decoding_backend: str | None = None
+    guided_whitespace_pattern: str | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -131,7 +142,7 @@ class SamplingBody(Body):
         check_token_ids(self.stop_token_ids or [], vocab_size, "stop_token_ids")
         if self.logit_bias:
             check_token_ids(self._bias_ids(), vocab_size, "logit_bias")
-        self._refuse_guided()
+        self.guided()
 
     def options(self) -> RequestOptions:
         return RequestOptions(self.priority, self.timeout, self.cache_salt)
@@ -144,29 +155,18 @@ class SamplingBody(Body):
             "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "skip_special_tokens",
             "spaces_between_special_tokens", "logit_bias",
         )  # fmt: skip
+        values.setdefault("guided", self.guided())
         return SamplingParams(**{name: getattr(self, name) for name in names}, **values)
+
+    def guided(self) -> GuidedParams | None:
+        """What the output must look like; raises InvalidRequestError if that is asked for twice."""
+        return guided_params(self)
 
     def _bias_ids(self) -> list[int]:
         try:
             return [int(key) for key in self.logit_bias or {}]
         except ValueError:
             raise InvalidRequestError("logit_bias must be keyed by token ids", param="logit_bias") from None
-
-    def _refuse_guided(self) -> None:
-        asked = [name for name in _GUIDES if getattr(self, name) is not None]
-        if self.response_format is not None and self.response_format.type != "text":
-            if self.response_format.type not in ("json_object", "json_schema"):
-                raise InvalidRequestError(
-                    "response_format.type must be text, json_object or json_schema", param="response_format"
-                )
-            asked.append("response_format")
-        if asked:
-            raise InvalidRequestError(
-                f"{asked[0]}: guided decoding is not available in this build", param=asked[0]
-            )
-
-
-_GUIDES = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
 class CompletionBody(SamplingBody):
@@ -180,6 +180,9 @@ class CompletionBody(SamplingBody):
 class Message(Body):
     role: str
     content: str | Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS)] | None = None
+    name: str | None = None
+    tool_calls: Any = None
+    tool_call_id: str | None = None
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -193,6 +196,7 @@ class ChatBody(SamplingBody):
     logprobs: Bool = False
     top_logprobs: Annotated[int, BeforeValidator(_number), Field(ge=0)] | None = None
     add_generation_prompt: Bool = True
+    continue_final_message: Bool = False
     add_special_tokens: Bool = False
     chat_template_kwargs: TemplateVariables | None = None
     documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS)] | None = None
@@ -239,18 +243,6 @@ class ChatBody(SamplingBody):
             if self.reasoning_effort == "none":
                 found["enable_thinking"] = False
         return {**found, **(self.chat_template_kwargs or {})}
-
-    def refuse_tools(self) -> None:
-        """Raises InvalidRequestError if the model might have to call a tool."""
-        choice = self.tool_choice
-        if isinstance(choice, str) and choice not in ("none", "auto", "required"):
-            raise InvalidRequestError(
-                'tool_choice must be "none", "auto", "required" or a named function', param="tool_choice"
-            )
-        if choice == "none" or (not self.tools and choice in (None, "auto")):
-            return
-        param = "tools" if choice is None else "tool_choice"
-        raise InvalidRequestError(f"{param}: calling tools is not supported yet", param=param)
 
 
 _REFUSED = {

@@ -44,6 +44,17 @@ async def create_response() -> Response:
     return EventStream(events, on_close=streams.close)
 
 
+@blueprint.post("/v1/responses/input_tokens")
+async def count_input_tokens() -> Response:
+    """The length of the prompt that the same response would have."""
+    body = await read(ResponseBody)
+    body.check()
+    with renamed(RENAMED):
+        count = await chat.count_prompt(body.chat())
+    answer = {"object": "response.input_tokens", "input_tokens": count}
+    return Response(orjson.dumps(answer), content_type="application/json")
+
+
 def _id(prefix: str) -> str:
     return new_id(prefix).replace("-", "_", 1)
 

@@ -1,4 +1,5 @@
 // The scheduler of the emulation: fibers, barriers, warp operations, shared memory.
+#include <algorithm>
 #include <csetjmp>
 #include <cstdarg>
 #include <cstdio>
@@ -165,6 +166,18 @@ void check_gaps() {
     if (now.dynamic[i] != 0xff) return set_error("wrote behind the dynamic shared memory");
 }
 
+// Warps stay together, in any order, and so do the lanes of each.
+void shuffle_threads() {
+  int* const order = machine.order;
+  for (int w = machine.threads / 32 - 1; w > 0; w--) {
+    const int other = static_cast<int>(next_random() % static_cast<unsigned>(w + 1));
+    std::swap_ranges(order + 32 * w, order + 32 * w + 32 * (other != w), order + 32 * other);
+  }
+  for (int w = 0; w < machine.threads / 32; w++)
+    for (int i = 31; i > 0; i--)
+      std::swap(order[32 * w + i], order[32 * w + static_cast<int>(next_random() % static_cast<unsigned>(i + 1))]);
+}
+
 void run_block() {
   machine.running = machine.threads;
   machine.arrived = 0;
@@ -174,18 +187,25 @@ void run_block() {
     prepare_fiber(i);
     machine.order[i] = machine.thread_order == Order::reverse ? machine.threads - 1 - i : i;
   }
+  const int warps = machine.threads / 32;
   while (machine.running > 0) {
-    if (machine.thread_order == Order::random)
-      for (int i = machine.threads - 1; i > 0; i--)
-        std::swap(machine.order[i], machine.order[next_random() % static_cast<unsigned>(i + 1)]);
+    if (machine.thread_order == Order::random) shuffle_threads();
     bool ran = false;
-    for (int j = 0; j < machine.threads; j++) {
-      Fiber& fiber = machine.fibers[machine.order[j]];
-      if (fiber.waits != Waits::ready) continue;
-      now.fiber = &fiber;
-      to_fiber(fiber);
-      ran = true;
-      if (machine.failed) return;
+    for (int w = 0; w < warps; w++) {
+      // One warp goes as far as it can before the next begins, which a missing barrier does not survive.
+      const bool on = machine.thread_order != Order::random || (next_random() & 3) != 0;
+      bool moved;
+      do {
+        moved = false;
+        for (int j = 32 * w; j < 32 * w + 32; j++) {
+          Fiber& fiber = machine.fibers[machine.order[j]];
+          if (fiber.waits != Waits::ready) continue;
+          now.fiber = &fiber;
+          to_fiber(fiber);
+          ran = moved = true;
+          if (machine.failed) return;
+        }
+      } while (moved && on);
     }
     if (!ran) return report_deadlock();
   }
