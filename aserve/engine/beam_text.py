@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from aserve.core.sequence import Sequence
 from aserve.errors import RequestFailedError
+from aserve.messages.params import SamplingParams
 from aserve.tokenizer.detokenizer import Detokenizer
 from aserve.tokenizer.stop import StopChecker
 
@@ -18,20 +19,22 @@ Text = tuple[Detokenizer, StopChecker]
 class BeamTexts:
     """The texts of one request's running beams.
 
-    begin: makes what the text of a sequence without output starts with.
+    detokenizer: makes that of an output without tokens.
     """
 
-    def __init__(self, begin: Callable[[], Text], min_tokens: int) -> None:
-        self._begin = begin
-        self._min_tokens = min_tokens
+    def __init__(self, detokenizer: Callable[[], Detokenizer], params: SamplingParams) -> None:
+        self._detokenizer = detokenizer
+        self._stop = StopChecker(list(params.stop or ()), params.include_stop_str_in_output)
+        self._min_tokens = params.min_tokens
         self._texts: dict[Sequence, Text] = {}
         self._tried: dict[tuple[Sequence, int], Text] = {}
 
     def look(self, beam: Sequence, token_id: int) -> str | None:
         """The stop string that a beam's text has once this token follows."""
         try:
-            detokenizer, stop = self._texts.get(beam) or self._begin()
-            detokenizer, stop = detokenizer.fork(), stop.fork()
+            text = self._texts.get(beam)
+            detokenizer = text[0].fork() if text else self._detokenizer()
+            stop = (text[1] if text else self._stop).fork()
             delta = detokenizer.push(token_id)
             self._tried[beam, token_id] = detokenizer, stop
             return stop.feed(delta, searching=beam.num_output_tokens + 1 >= self._min_tokens)

@@ -125,7 +125,7 @@ class OutputProcessor:
         state = RequestState(group, kind, sink, mailbox)
         self.states[group.request_id] = state
         if group.beam is not None and group.params.stop:
-            group.beam.watch = BeamTexts(lambda: self._begin_text(group), group.params.min_tokens)
+            group.beam.watch = BeamTexts(lambda: self._detokenizer(group), group.params)
         return state
 
     def drop(self, request_id: str) -> RequestState | None:
@@ -252,20 +252,20 @@ class OutputProcessor:
             params = seq.group.params
             detokenizer = stop = None
             if self._tokenizer is not None and params.detokenize:
-                detokenizer, stop = self._begin_text(seq.group)
+                detokenizer = self._detokenizer(seq.group)
+                if params.stop:
+                    stop = StopChecker(list(params.stop), params.include_stop_str_in_output)
             text = state.texts[seq.seq_id] = SequenceText(detokenizer, stop, params.logprobs is not None)
         return text
 
-    def _begin_text(self, group: SequenceGroup) -> tuple[Detokenizer, StopChecker | None]:
+    def _detokenizer(self, group: SequenceGroup) -> Detokenizer:
         params = group.params
-        detokenizer = Detokenizer(
+        return Detokenizer(
             self._tokenizer,
             group.prompt_token_ids,
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
         )
-        stop = StopChecker(list(params.stop), params.include_stop_str_in_output) if params.stop else None
-        return detokenizer, stop
 
     def _write_beams(self, state: RequestState) -> None:
         """Makes the texts of the outputs that beams have come to."""

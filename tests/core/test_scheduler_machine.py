@@ -142,7 +142,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             search = {"use_beam_search": True, "early_stopping": beams, "length_penalty": length_penalty}
         params = SamplingParams(
             n=width,
-            temperature=0.0 if width == 1 or beams is not None else 1.0,
+            temperature=0.0 if width == 1 or search else 1.0,
             max_tokens=max_tokens,
             stop_token_ids=[] if ignore_stop else [STOP_TOKEN],
             prompt_logprobs=prompt_logprobs,
