@@ -43,9 +43,7 @@ class AliveRows:
         self.now -= rows
 
 
-def test_a_long_prompt_has_few_logits_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_prompt_has_few_logits_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_checkpoint.write(tmp_path, max_position_embeddings=LENGTH + 8, weights=True)
     params = SamplingParams(prompt_logprobs=2, max_tokens=1, temperature=0)
     prompt = {"prompt_token_ids": [3 + i * i % 200 for i in range(LENGTH)]}
