@@ -49,6 +49,7 @@ SITES: dict[str, Site] = {
     "parameters": Site("aserve.engine.input:InputProcessor.check_params"),
     "template": Site("aserve.server.openai.chat:render_chat"),
     "tokenise": Site("aserve.engine.input:InputProcessor.encode"),
+    "grammar_compile": Site("aserve.guided.compiler:GrammarCompiler._compile"),
     "admit": Site("aserve.engine.input:InputProcessor.make_group"),
     "register": Site("aserve.engine.output:OutputProcessor.add"),
     # one row of a step
@@ -57,6 +58,8 @@ SITES: dict[str, Site] = {
     "sampler_row": Site("aserve.sampling.sampler:SamplerState._sample"),
     "logits_processor": Site("aserve.sampling.sampler:SamplerState._process"),
     "history": Site("aserve.sampling.penalties:PenaltyRows.count"),
+    "grammar_mask": Site("aserve.sampling.guided:GuidedRows.apply"),
+    "grammar_advance": Site("aserve.sampling.guided:GuidedRows.advance"),
     "prompt_logprobs": Site("aserve.sampling.sampler:SamplerState.prompt_logprobs"),
     # one request, on its way out
     "text_begins": Site("aserve.engine.output:OutputProcessor._text_of"),

@@ -128,3 +128,13 @@ guided_backends = Registry(
         "lm-format-enforcer": "aserve.guided.lm_format_enforcer:LMFormatEnforcerBackend",
     },
 )
+
+tool_parsers = Registry(
+    "tool call parser",
+    {
+        "hermes": "aserve.server.openai.tools.hermes:HermesReader",
+        "llama3-json": "aserve.server.openai.tools.llama3:Llama3Reader",
+        "mistral": "aserve.server.openai.tools.mistral:MistralReader",
+        "pythonic": "aserve.server.openai.tools.pythonic:PythonicReader",
+    },
+)

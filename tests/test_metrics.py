@@ -53,6 +53,7 @@ COUNTERS = [
     "aserve:requests_aborted_total",
     "aserve:requests_rejected_total",
     "aserve:requests_failed_total",
+    "aserve:http_errors_total",
     "vllm:prefix_cache_queries_total",
     "vllm:prefix_cache_hits_total",
 ]

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from aserve.worker.worker import Worker
 
 _SMALLEST = 64 << 10  # norms and biases are not counted
-_NOT_WEIGHTS = frozenset(("build", "table", "config", "cos_sin", "_caches", "_description", "_ends"))
+_NOT_WEIGHTS = frozenset(
+    ("build", "table", "config", "cos_sin", "_caches", "_description", "_ends", "_runs", "_logits", "_hidden")
+)
 
 
 def worker_of(llm: LLM) -> Worker:

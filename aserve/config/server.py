@@ -9,6 +9,7 @@ import os
 import ssl
 from dataclasses import dataclass
 
+from aserve import registry
 from aserve.config.cli import arg, check_types, json_strings, nullable_str
 from aserve.config.unbuilt import refuse_unbuilt_server
 from aserve.errors import ConfigError
@@ -33,6 +34,11 @@ def lora_module(text: str) -> LoRAModule:
     if not (name and separator and path) or "=" in path:
         raise argparse.ArgumentTypeError(f"expected name=path, got {text!r}")
     return LoRAModule(name, path)
+
+
+def parser_name(text: str) -> str:
+    """The name of a tool call parser, which may be written with underscores: ``llama3_json``."""
+    return text.replace("_", "-")
 
 
 @dataclass
@@ -91,6 +97,19 @@ class ServerArgs:
     response_role: str | None = arg(
         "assistant", group=_SERVER, help="Role of the answer when the request adds a generation prompt."
     )
+    tool_call_parser: str | None = arg(
+        None,
+        group=_SERVER,
+        kind=parser_name,
+        choices=registry.tool_parsers,
+        help="Format of the model's calls of tools; unset: the one that its chat template shows.",
+    )
+    enable_auto_tool_choice: bool = arg(
+        False,
+        group=_SERVER,
+        help="Do not start if there is no way to read the calls of tools that the model writes of its own "
+        'accord. Without it requests with tool_choice "auto" are then refused, and accepted otherwise.',
+    )
     ssl_keyfile: str | None = arg(None, group=_SERVER, help="TLS key file.")
     ssl_certfile: str | None = arg(None, group=_SERVER, help="TLS certificate file.")
     ssl_ca_certs: str | None = arg(None, group=_SERVER, help="CA certificates to check clients against.")
@@ -148,6 +167,12 @@ class ServerArgs:
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(
                 f"log_level must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}", param="log_level"
+            )
+        if self.tool_call_parser is not None and self.tool_call_parser not in registry.tool_parsers:
+            raise ConfigError(
+                f"tool_call_parser must be one of {', '.join(registry.tool_parsers)}, "
+                f"got {self.tool_call_parser!r}",
+                param="tool_call_parser",
             )
         if not 0 <= self.drain_timeout < float("inf"):
             raise ConfigError(

@@ -386,6 +386,11 @@ class AsyncLLMEngine:
             if not self.num_unfinished:
                 self._set_idle()
 
+    def warm_guides(self) -> None:
+        """Gets ready, in the background, for the first guided request, which would wait for it."""
+        if self.engine is not None:
+            self.engine.input.guides.warm()
+
     async def _compile(self, engine: LLMEngine, guided: GuidedParams) -> Grammar:
         guides = engine.input.guides
         self._tokenizing += 1

@@ -151,6 +151,8 @@ class OutputProcessor:
         dirty: dict[str, tuple[RequestState, list[Sequence]]] = {}
         # Requests that got their last tokens in one step have waited equally long for these.
         waited: dict[float, int] = {}
+        # After several steps a sequence that has ended shows that from its first token on.
+        final = None if changes.steps == 1 else {id(update.seq): update for update in changes.tokens}
         for update in changes.tokens:
             seq = update.seq
             group = seq.group
@@ -173,7 +175,8 @@ class OutputProcessor:
                 if seqs[-1] is not seq:
                     seqs.append(seq)
             try:
-                self._advance(state.texts.get(seq.seq_id) or self._text_of(state, seq), update)
+                text = state.texts.get(seq.seq_id) or self._text_of(state, seq)
+                self._advance(text, update, final is None or final[id(seq)] is update)
             except Exception as error:  # one request's text must never end the loop for all others
                 self._give_up(state, "making its text", error)
         for last, count in waited.items():
@@ -227,13 +230,16 @@ class OutputProcessor:
             text = state.texts[seq.seq_id] = SequenceText(detokenizer, stop, params.logprobs is not None)
         return text
 
-    def _advance(self, text: SequenceText, update: TokenUpdate) -> None:
-        """Adds one token's text, looks for stop strings, keeps its log-probabilities."""
+    def _advance(self, text: SequenceText, update: TokenUpdate, last: bool) -> None:
+        """Adds one token's text, looks for stop strings, keeps its log-probabilities.
+
+        last: of its sequence's tokens in the step.
+        """
         seq = update.seq
         params = seq.group.params
         delta = ""
         if text.detokenizer is not None:
-            by_token = seq.status is SequenceStatus.FINISHED_STOPPED
+            by_token = last and seq.status is SequenceStatus.FINISHED_STOPPED
             if not by_token or params.include_stop_str_in_output:
                 delta = text.detokenizer.push(update.token_id)
         if text.logprobs is not None and update.details is not None:
@@ -250,7 +256,7 @@ class OutputProcessor:
                 else:
                     self._scheduler.finish(seq, SequenceStatus.FINISHED_STOPPED, found)
                 return
-        if seq.status >= SequenceStatus.FINISHED_STOPPED:
+        if last and seq.status >= SequenceStatus.FINISHED_STOPPED:
             self._flush(text, seq)
 
     def _flush(self, text: SequenceText, seq: Sequence) -> None:

@@ -103,6 +103,11 @@ class EngineStats:
         self._failed = metrics.labelled(
             "aserve:requests_failed_total", "Requests ended by an error.", "cause"
         )
+        self._http_errors = metrics.labelled(
+            "aserve:http_errors_total",
+            "Requests for anything but health answered with a status of 400 or more, admitted or not.",
+            "status",
+        )
         self._lag = metrics.histogram(
             "aserve:event_loop_lag_seconds", "How late the event loop runs a timer that is due.", LAG_BOUNDS
         )
@@ -248,6 +253,11 @@ class EngineStats:
     def on_failed(self, cause: str) -> None:
         if self.enabled:
             self._failed.inc(cause)
+
+    def on_http_error(self, status: int) -> None:
+        """A server's answer was an error; what the engine had been told of that request it has counted."""
+        if self.enabled:
+            self._http_errors.inc(str(status))
 
     def on_loop_lag(self, seconds: float) -> None:
         if self.enabled:

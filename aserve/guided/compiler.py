@@ -77,11 +77,18 @@ class GrammarCompiler:
                 raise QueueFullError("too many guides are waiting to be compiled")
             if self._closed:
                 return _done("cannot be compiled: the engine has been closed")
-            if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, thread_name_prefix="aserve-guided")
             future = self._running[spec] = Future()
-            self._thread.submit(self._work, spec, future)
+            self._submit(self._work, spec, future)
         return future
+
+    def warm(self) -> None:
+        """Has the process, the vocabulary and the configured backend ready before a guide comes.
+
+        Returns at once. Without a tokenizer that guides can be matched with, nothing is started.
+        """
+        with self._lock:
+            if not self._closed:
+                self._submit(self._warm)
 
     def compile(self, guided: GuidedParams) -> Grammar:
         """:meth:`start`, waited for. Raises InvalidRequestError, QueueFullError."""
@@ -116,7 +123,25 @@ class GrammarCompiler:
     def __len__(self) -> int:
         return len(self._cache)
 
+    def _submit(self, work: Callable[..., None], *args: object) -> None:
+        """Gives the thread something to do. The lock is held."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="aserve-guided")
+        self._thread.submit(work, *args)
+
     # ---------------------------------------------------------------- in the thread
+
+    def _warm(self) -> None:
+        name = self._config.guided_decoding_backend
+        try:
+            self._get_vocabulary()
+            self._get_process().prepare(name, lambda: self._backend(name))
+        except InvalidRequestError as error:
+            logger.debug("no guides will be compiled: %s", error.message)
+        except GrammarError as error:
+            logger.warning("the guided decoding backend %s could not be made ready: it %s", name, error)
+        except Exception as error:  # told again, to the one who asks, by every guide
+            logger.warning("the guided decoding backend %s could not be made ready", name, exc_info=error)
 
     def _work(self, spec: GuideSpec, future: Future[Grammar]) -> None:
         result: Grammar | GrammarError | InvalidRequestError
@@ -130,7 +155,7 @@ class GrammarCompiler:
             result = error
         except Exception as error:  # whatever a backend does must not end this thread
             logger.warning("a guide could not be loaded", exc_info=error)
-            result = GrammarError(f"cannot be used ({type(error).__name__})")
+            result, remembered = GrammarError(f"cannot be used ({type(error).__name__})"), False
         with self._lock:
             del self._running[spec]
             if remembered:
@@ -142,23 +167,26 @@ class GrammarCompiler:
 
     def _compile(self, spec: GuideSpec) -> Grammar:
         kind: type[Backend] = registry.guided_backends.load(spec.backend)
+        timeout = self._config.compile_timeout or kind.timeout
+        payload = self._get_process().check(spec, timeout, lambda: self._backend(spec.backend))
+        grammar = self._backend(spec.backend).load(spec, payload)
+        grammar.textless = self._get_vocabulary().textless
+        return grammar
+
+    def _get_process(self) -> CompilerProcess:
         with self._lock:
             if self._process is None and not self._closed:
                 self._process = CompilerProcess(self._get_vocabulary)
             process = self._process
         if process is None:
             raise TooExpensiveError("cannot be compiled: the engine has been closed")
+        return process
 
-        def backend() -> Backend:
-            found = self._backends.get(spec.backend)
-            if found is None:
-                found = self._backends[spec.backend] = kind(self._get_vocabulary())
-            return found
-
-        payload = process.check(spec, self._config.compile_timeout or kind.timeout, backend)
-        grammar = backend().load(spec, payload)
-        grammar.textless = self._get_vocabulary().textless
-        return grammar
+    def _backend(self, name: str) -> Backend:
+        found = self._backends.get(name)
+        if found is None:
+            found = self._backends[name] = registry.guided_backends.load(name)(self._get_vocabulary())
+        return found
 
     def _get_vocabulary(self) -> Vocabulary:
         if self._vocabulary is None:

@@ -46,12 +46,15 @@ class CompilerProcess:
 
         meanwhile: called here while the process gets ready for a backend it has not used before.
         """
-        self._running()
-        if spec.backend not in self._ready:
-            target = registry.guided_backends.target(spec.backend)
-            self._ask([spec.backend, target], _START_TIMEOUT, meanwhile)
-            self._ready.add(spec.backend)
+        self.prepare(spec.backend, meanwhile)
         return self._ask(spec, timeout, lambda: None)
+
+    def prepare(self, backend: str, meanwhile: Callable[[], object]) -> None:
+        """Has the process ready for a backend; errors and ``meanwhile`` as for :meth:`check`."""
+        self._running()
+        if backend not in self._ready:
+            self._ask([backend, registry.guided_backends.target(backend)], _START_TIMEOUT, meanwhile)
+            self._ready.add(backend)
 
     def _ask(self, request: Sequence[str | None], timeout: float, meanwhile: Callable[[], object]) -> bytes:
         process = self._running()

@@ -353,8 +353,12 @@ class SamplerState:
         tokens = sampled.token_ids.tolist()
         for i in tracked:
             if needs[i] & _Needs.GUIDED:
-                self._guided.advance(slots[i], tokens[i])
-                reason = self._guided.broken(slots[i])
+                try:
+                    self._guided.advance(slots[i], tokens[i])
+                    reason = self._guided.broken(slots[i])
+                except Exception as error:  # as below
+                    logger.error("a drawn token could not be matched", exc_info=error)
+                    reason = f"matching its tokens failed ({type(error).__name__})"
                 if reason is not None:
                     sampled.failed.setdefault(i, reason)
             row = self._rows[slots[i]]

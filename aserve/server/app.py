@@ -122,12 +122,15 @@ def create_app(
         app.register_blueprint(module.blueprint)
     errors.register(app)
     keys = KeyRing(server_args.api_key or (), server_args.api_key_file)
-    _add_hooks(app, server_args, keys)
+    _add_hooks(app, server_args, keys, shared)
     _add_middleware(app, server_args.middleware)
 
     @app.while_serving
     async def own_engine() -> AsyncGenerator[None, None]:
-        shared.start(engine if engine is not None else _make_engine(engine_args))
+        if engine is not None:
+            shared.start(engine)
+        else:
+            shared.start(_make_engine(engine_args), warm=True)
         with _reloading(keys, server_args.api_key_file):
             yield
         await shared.stop()
@@ -135,7 +138,7 @@ def create_app(
     return app
 
 
-def _add_hooks(app: App, args: ServerArgs, keys: KeyRing) -> None:
+def _add_hooks(app: App, args: ServerArgs, keys: KeyRing, shared: Service) -> None:
     cors = Cors(args)
     app.before_request(check_head)
     app.before_request(cors.preflight)
@@ -145,6 +148,13 @@ def _add_hooks(app: App, args: ServerArgs, keys: KeyRing) -> None:
         response.headers["X-Request-Id"] = client_request_id() or new_id("req")
         return response
 
+    async def count(response: Response) -> Response:
+        # A probe is answered 503 as often as it asks: that is no request that failed.
+        if response.status_code >= 400 and request.blueprint != "ops":
+            shared.count_error(response.status_code)
+        return response
+
+    app.after_request(count)
     app.after_request(cors.annotate)
     app.after_request(identify)
 

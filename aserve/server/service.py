@@ -15,6 +15,7 @@ from quart import current_app, g, request
 from aserve.errors import AserveError, EngineBusyError, EngineDeadError, InvalidRequestError
 from aserve.server.direct import Courier
 from aserve.server.killable import KillableThreads
+from aserve.server.openai.tools.plan import check_at_start
 
 if TYPE_CHECKING:
     from aserve.config.server import ServerArgs
@@ -74,18 +75,32 @@ class Service:
         self.courier = Courier()
         self._renderers = KillableThreads("aserve-render", MOST_RENDERERS)
         self._template_ends = False
+        self._warm = False
         self._loading: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
         self._unknown_fields: set[str] = set()
 
     # ---------------------------------------------------------------- life of the engine
 
-    def start(self, engine: AsyncLLMEngine) -> None:
-        """Begins to load ``engine``; the port can open meanwhile."""
+    def start(self, engine: AsyncLLMEngine, *, warm: bool = False) -> None:
+        """Begins to load ``engine``; the port can open meanwhile.
+
+        warm: once it is ready, it also prepares for guided requests.
+        """
         self.engine = engine
+        self._warm = warm
         engine.on_dead = self._engine_died
-        self._loading = asyncio.create_task(engine.start(), name="load engine")
+        self._loading = asyncio.create_task(self._load(engine), name="load engine")
         self._loading.add_done_callback(self._loaded)
+
+    async def _load(self, engine: AsyncLLMEngine) -> None:
+        await engine.start()
+        check_at_start(
+            await engine.get_tokenizer(),
+            self.chat_template,
+            self.args.tool_call_parser,
+            needed=self.args.enable_auto_tool_choice,
+        )
 
     def _loaded(self, task: asyncio.Task[None]) -> None:
         self._settled.set()
@@ -95,6 +110,8 @@ class Service:
         if self.load_error is None:
             if self.on_loaded is not None:
                 self.on_loaded()
+            if self._warm and self.engine is not None:
+                self.engine.warm_guides()
             return
         if isinstance(self.load_error, AserveError):
             logger.error("the model could not be loaded: %s", self.load_error)
@@ -166,6 +183,11 @@ class Service:
         self.draining = reason
         if self.engine is not None:
             self.engine.refuse_new(reason)
+
+    def count_error(self, status: int) -> None:
+        """Adds an answer to the metrics, which begin when the model is loaded."""
+        if self.loaded and self.engine is not None and self.engine.stats is not None:
+            self.engine.stats.on_http_error(status)
 
     # ---------------------------------------------------------------- chat templates
 

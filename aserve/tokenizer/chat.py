@@ -39,6 +39,21 @@ def resolve_chat_template(arg: str | None) -> str | None:
         raise ConfigError(f"chat_template: {error}", param="chat_template") from error
 
 
+def template_text(
+    tokenizer: Any, chat_template: str | None = None, *, with_tools: bool = False
+) -> str | None:
+    """The text of ``chat_template``, or of the tokenizer's own, which may be one of several by name.
+
+    with_tools: the one that is rendered when there are tools. None: there is no template.
+    """
+    named = getattr(tokenizer, "chat_template", None)
+    if isinstance(named, dict):
+        if chat_template in named:
+            return str(named[chat_template])
+        named = named.get("tool_use") if with_tools and "tool_use" in named else named.get("default")
+    return chat_template or named or None
+
+
 def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, Any]],

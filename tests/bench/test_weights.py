@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from aserve import LLM
+from aserve import LLM, SamplingParams
 from aserve.bench import checkpoints, limits, weights
 
 
@@ -27,6 +27,9 @@ def test_every_matrix_is_counted_once(tmp_path: Path, tied: bool) -> None:
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with LLM(str(tmp_path), load_format="dummy", skip_tokenizer_init=True, dtype="float32") as llm:
+        for count in (1, 20):  # what a step writes is no weight, however large it was
+            params = SamplingParams(temperature=0, max_tokens=4, detokenize=False)
+            llm.generate(prompt_token_ids=[[5, 6, 7]] * count, sampling_params=params, use_tqdm=False)
         found = sum(size for _, size in limits.memory_of(weights.read_by_a_step(llm)))
     layer = 2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256
     assert found == 4 * (2 * layer + 1024 * 256)

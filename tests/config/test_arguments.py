@@ -109,6 +109,8 @@ SERVER: dict[str, Any] = {
     "lora_modules": None,
     "chat_template": None,
     "response_role": "assistant",
+    "tool_call_parser": None,
+    "enable_auto_tool_choice": False,
     "ssl_keyfile": None,
     "ssl_certfile": None,
     "ssl_ca_certs": None,
@@ -120,6 +122,7 @@ SERVER: dict[str, Any] = {
     "max_body_size": 16 * 1024 * 1024,
 }
 CHOICES: dict[str, list[Any]] = {
+    "--tool-call-parser": ["hermes", "llama3-json", "mistral", "pythonic"],
     "--log-level": ["debug", "info", "warning", "error", "critical", "trace"],
     "--tokenizer-mode": ["auto", "slow"],
     "--load-format": ["auto", "pt", "safetensors", "npcache", "dummy", "tensorizer", "gguf"],

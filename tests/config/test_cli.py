@@ -122,6 +122,8 @@ SERVER_FLAGS: list[tuple[str, list[str], Any]] = [
     ("api_key", ["k1", "k2"], ["k1", "k2"]),
     ("chat_template", ["{{ x }}"], "{{ x }}"),
     ("response_role", ["bot"], "bot"),
+    ("tool_call_parser", ["llama3_json"], "llama3-json"),
+    ("enable_auto_tool_choice", [], True),
     ("root_path", ["/llm/"], "/llm"),
     ("middleware", ["a.b"], ["a.b"]),
     ("strict_fields", [], True),

@@ -152,6 +152,8 @@ AT = {
 """The call that fails, where it is not the first."""
 
 REQUEST_SITES = [name for name, site in faults.SITES.items() if not site.fatal]
+PLACED = ("sampler_row", "grammar_mask", "grammar_advance", "grammar_compile", "vector")
+"""Sites with tests of their own: one request alone comes by, or many rows at once."""
 FATAL_SITES = [name for name, site in faults.SITES.items() if site.fatal]
 
 
@@ -168,7 +170,7 @@ def check_one_victim(results: list[tuple[int, list[Any]]], expected: list[Any]) 
     return error
 
 
-@pytest.mark.parametrize("name", [name for name in REQUEST_SITES if name not in ("sampler_row", "vector")])
+@pytest.mark.parametrize("name", [name for name in REQUEST_SITES if name not in PLACED])
 async def test_one_request_fails_alone(checkpoint: Path, expected: list[Any], name: str) -> None:
     async with serving(checkpoint) as (engine, client):
         with faults.armed(name, at=AT.get(name, 1)) as site:
@@ -223,10 +225,19 @@ ROWS: list[Poison] = [
         poison_rows,
         {"temperature": 0, "stream": True},
     ),
+    # Nobody else is guided.
+    (faults.SITES["grammar_mask"].path, lambda *_: True, faults.strike, {"guided_regex": "[a-z]{40}"}),
+    (
+        faults.SITES["grammar_advance"].path,
+        lambda *_: True,
+        faults.strike,
+        {"guided_regex": "[a-z]{40}", "temperature": 0, "stream": True},
+    ),
 ]
+ROW_NAMES = ["raises", "nan", "nan-greedy", "mask", "advance"]
 
 
-@pytest.mark.parametrize(("path", "when", "act", "values"), ROWS, ids=["raises", "nan", "nan-greedy"])
+@pytest.mark.parametrize(("path", "when", "act", "values"), ROWS, ids=ROW_NAMES)
 async def test_one_row_fails_alone(
     checkpoint: Path, expected: list[Any], path: str, when: Any, act: Any, values: dict[str, Any]
 ) -> None:
@@ -252,6 +263,20 @@ async def test_a_vector_fails_alone(checkpoint: Path, expected: list[Any]) -> No
         assert site.hits == 1
         error = error_of(own)
         assert error is not None and error["code"] == 500
+        assert [joined(result) for result in others] == expected
+        await until(lambda: idle(engine))
+
+
+async def test_a_grammar_fails_alone_and_is_asked_for_again(checkpoint: Path, expected: list[Any]) -> None:
+    async with serving(checkpoint) as (engine, client):
+        with faults.armed("grammar_compile") as site:
+            others, own = await one_more(client, guided_regex="[a-z]{40}")
+        assert site.hits == 1
+        error = error_of(own)
+        assert error is not None and error["code"] == 400 and error["param"] == "guided_regex"
+        assert [joined(result) for result in others] == expected
+        others, own = await one_more(client, guided_regex="[a-z]{40}")
+        assert error_of(own) is None and own[1][0]["choices"][0]["text"].isalpha()
         assert [joined(result) for result in others] == expected
         await until(lambda: idle(engine))
 

@@ -327,10 +327,10 @@ async def test_text_that_cannot_be_made_ends_one_request(make_async, monkeypatch
     good = (await run(engine, "good", seed=3)).outputs[0].token_ids
     original = engine.engine.output._advance
 
-    def advance(text, update):
+    def advance(text, update, last):
         if update.seq.group.prompt == "bad" and update.seq.num_output_tokens == 3:
             raise ValueError("boom")
-        original(text, update)
+        original(text, update, last)
 
     monkeypatch.setattr(engine.engine.output, "_advance", advance)
     bad, fine = await asyncio.gather(run(engine, "bad"), run(engine, "good", seed=3), return_exceptions=True)

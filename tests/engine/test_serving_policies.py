@@ -212,6 +212,29 @@ async def test_several_steps_give_the_same_outputs(make_async, overlap):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("place", [1, 5, 8, 13])
+async def test_a_stop_token_among_several_steps_takes_no_text_with_it(make_async, place):
+    """The text before it, the same as step by step, whole and streamed."""
+    alone = await make_async(max_steps=1)
+    options = {"temperature": 0, "max_tokens": 30}
+    free = (await (await alone.submit("hello", params(**options))).final()).outputs[0]
+    stop = free.token_ids[place]
+    options["stop_token_ids"] = [stop]
+    found = []
+    for engine in (alone, await make_async(max_steps=8)):
+        final = (
+            await (await engine.submit("hello", params(**options), kind=OutputKind.FINAL_ONLY)).final()
+        ).outputs[0]
+        stream = await engine.submit("hello", params(**options))
+        deltas = [output.outputs[0] async for output in stream]
+        assert "".join(delta.text for delta in deltas) == final.text
+        assert final.finish_reason == "stop"
+        found.append((final.text, final.token_ids))
+    assert found[0] == found[1]
+    assert found[0][1] == free.token_ids[: free.token_ids.index(stop) + 1]
+    assert free.text.startswith(found[0][0])
+
+
 async def test_a_new_request_interrupts(make_async):
     engine = await make_async(max_steps=8, step_time=0.02)
     executor = engine.engine.executor

@@ -9,6 +9,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+from _pytest.mark import ParameterSet
 
 from aserve import registry
 from aserve.guided.base import Backend, Grammar, GrammarError, GuideSpec, Vocabulary
@@ -31,8 +32,16 @@ REFUSED = {
 }
 """Schemas that a backend does not do, and what its refusal must name."""
 
-SLOW = {name for place, name in enumerate(SCHEMAS) if place % 6}
-"""Not with outlines in the quick tests: its index takes up to a second each."""
+
+def pairs() -> list[ParameterSet]:
+    """Every backend with every schema. Those that llguidance is not done with in no time are slow tests, but
+    for some, and for those that are refused."""
+    found = []
+    for backend in BACKENDS:
+        for place, name in enumerate(SCHEMAS):
+            quick = backend == "llguidance" or place % 6 == 0 or name in REFUSED[backend]
+            found.append(pytest.param(backend, name, marks=() if quick else pytest.mark.slow))
+    return found
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -56,7 +65,8 @@ def outputs(grammar: Grammar, vocabulary: Vocabulary, count: int, most: int = 30
     return [spell(ids, vocabulary) for ids, ended in drawn if ended]
 
 
-def check_schema(backend: Backend, name: str, vocabulary: Vocabulary) -> None:
+@pytest.mark.parametrize(("backend", "name"), pairs(), indirect=["backend"])
+def test_outputs_are_valid_under_their_schema(backend: Backend, name: str, vocabulary: Vocabulary) -> None:
     reason = REFUSED[backend.name].get(name)
     if reason is not None:
         with pytest.raises(GrammarError, match=reason):
@@ -66,21 +76,6 @@ def check_schema(backend: Backend, name: str, vocabulary: Vocabulary) -> None:
     assert texts
     for text in texts:
         jsonschema.validate(json.loads(text), SCHEMAS[name])
-
-
-@pytest.mark.parametrize("name", SCHEMAS)
-def test_outputs_are_valid_under_their_schema(backend: Backend, name: str, vocabulary: Vocabulary) -> None:
-    if backend.name == "outlines" and name in SLOW:
-        pytest.skip("see test_outlines_does_every_schema")
-    check_schema(backend, name, vocabulary)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(SLOW))
-def test_outlines_does_every_schema(name: str, vocabulary: Vocabulary) -> None:
-    built = registry.guided_backends.load("outlines")(vocabulary)
-    built.name = "outlines"
-    check_schema(built, name, vocabulary)
 
 
 def test_a_large_schema(vocabulary: Vocabulary) -> None:
@@ -129,20 +124,15 @@ def test_outputs_follow_their_grammar(backend: Backend, grammar: str, vocabulary
         assert text == "(" * depth + "x" + ")" * depth
 
 
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "llguidance",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in BACKENDS if name != "llguidance"),
+    ],
+    indirect=True,
+)
 def test_json_object_is_an_object(backend: Backend, vocabulary: Vocabulary) -> None:
-    if backend.name == "outlines":
-        pytest.skip("takes seconds: see test_outlines_makes_an_object")
-    check_object(backend, vocabulary)
-
-
-@pytest.mark.slow
-def test_outlines_makes_an_object(vocabulary: Vocabulary) -> None:
-    built = registry.guided_backends.load("outlines")(vocabulary)
-    built.name = "outlines"
-    check_object(built, vocabulary)
-
-
-def check_object(backend: Backend, vocabulary: Vocabulary) -> None:
     texts = outputs(compiled(backend, "json_object", ""), vocabulary, 8)
     assert texts
     for text in texts:

@@ -55,6 +55,36 @@ def test_equal_guides_share_a_grammar(make: Make) -> None:
     assert compiler.compile(GuidedParams(choice=["a", "b"], backend="lm-format-enforcer")) is not first
 
 
+def test_warm_before_the_first_guide(make: Make, backend_of_tests: str) -> None:
+    compiler = make(guided_decoding_backend=backend_of_tests)
+    compiler.warm()
+    ready = threading.Event()
+    compiler._submit(ready.set)
+    assert ready.wait(60)
+    process = compiler._process
+    assert process is not None and process.pid is not None
+    warm = process.pid
+    assert compiler.compile(order("x")).pid == warm
+
+
+def test_without_a_tokenizer_nothing_is_warmed() -> None:
+    def vocabulary() -> Vocabulary:
+        raise InvalidRequestError("guided decoding needs a tokenizer")
+
+    compiler = GrammarCompiler(DecodingConfig(), vocabulary)
+    compiler.warm()
+    compiler.close()
+    assert compiler._process is None
+
+
+def test_closed_while_it_warms(make: Make) -> None:
+    compiler = make()
+    compiler.warm()
+    compiler.close()
+    compiler.warm()
+    assert compiler._process is None or compiler._process.pid is None
+
+
 def test_one_compilation_for_all_that_wait_for_it(make: Make, backend_of_tests: str) -> None:
     compiler = make()
     futures = [compiler.start(order("sleep 0.2")) for _ in range(5)]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from aserve.guided.base import GrammarError, Matcher
 from aserve.messages.params import SamplingParams
+from aserve.sampling.guided import GuidedRows
 from aserve.sampling.sampler import SamplerState
+from aserve.worker.contained import ContainedRows
 from tests.guided.fakes import FixedOutput
 
 VOCAB, EOS, TURN = 75, 3, 5
@@ -160,3 +164,23 @@ def test_logits_that_are_not_finite_still_fail_their_row() -> None:
     given = logits(1)
     given[0, 4] = float("nan")
     assert 0 in state_of((GREEDY, FixedOutput([4]))).sample(given, [0], [0]).failed
+
+
+def test_a_row_that_cannot_be_matched_leaves_the_others_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [(SamplingParams(temperature=1.5, seed=each), Some(list(range(40)), 100)) for each in range(3)]
+    expected = state_of(*rows)
+    wanted = [expected.sample(logits(3, seed), [0, 1, 2], [0, 1, 2]).token_ids.tolist() for seed in range(4)]
+
+    real = GuidedRows.advance
+
+    def advance(self: GuidedRows, slot: int, token: int) -> None:
+        if slot == 1:
+            raise RuntimeError("broken")
+        real(self, slot, token)
+
+    monkeypatch.setattr(GuidedRows, "advance", advance)
+    state = ContainedRows(state_of(*rows))
+    for seed in range(4):
+        sampled = state.sample(partial(logits, 3, seed), [0, 1, 2], [0, 1, 2])
+        assert list(sampled.failed) == [1]
+        assert sampled.token_ids.tolist()[::2] == wanted[seed][::2]

@@ -77,6 +77,12 @@ class FakeTokenizer:
 
 
 class FakeStats:
+    def __init__(self) -> None:
+        self.errors: list[int] = []
+
+    def on_http_error(self, status: int) -> None:
+        self.errors.append(status)
+
     def render(self) -> bytes:
         return b"# HELP fake one\n# TYPE fake gauge\nfake 1\n"
 

@@ -116,6 +116,27 @@ async def test_metrics(client: Any, engine: FakeEngine) -> None:
     assert (answer.status_code, await answer.get_data()) == (200, b"")
 
 
+async def test_refused_requests_are_counted(engine: FakeEngine) -> None:
+    stats = engine.stats
+    assert stats is not None
+    engine.loading.clear()
+    async with make_app(engine, api_key=["k"], max_body_size=1024).test_app() as running:
+        client = running.app.test_client()
+        assert await status(client, "/health/ready") == 503
+        engine.loading.set()
+        await until(lambda: running.app.extensions["aserve"].loaded)
+        key = {"Authorization": "Bearer k"}
+        assert (await client.post("/v1/completions", json=BODY)).status_code == 401
+        too_large = {**BODY, "prompt": "x" * 2000}
+        for body, wanted in ((too_large, 413), ({"model": "fake"}, 400), (BODY, 200)):
+            answer = await client.post("/v1/completions", json=body, headers=key)
+            assert answer.status_code == wanted
+        assert (await client.get("/nowhere", headers=key)).status_code == 404
+        engine.die("over")
+        assert await status(client, "/health") == 500
+        assert stats.errors == [401, 413, 400, 404]
+
+
 async def test_the_chat_page(client: Any) -> None:
     answer = await client.get("/")
     assert answer.status_code == 200

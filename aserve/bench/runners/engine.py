@@ -43,8 +43,10 @@ class Bench:
     def steps(self, n: int, input_len: int, output_len: int, cold: bool = False) -> dict[str, Any]:
         """Median seconds of a decode step inside the worker, the engine around it left out.
 
-        cold: before every step a buffer larger than the caches is walked.
+        cold: before every step a buffer larger than the caches is walked; plans then hold one step each.
         """
+        engine: Any = self.llm.llm_engine
+        max_steps = engine._max_steps
         worker: Any = weights.worker_of(self.llm)
         launch = worker.launch
         seconds: list[float] = []
@@ -56,14 +58,17 @@ class Bench:
             started = time.perf_counter()
             handle = launch(plan)
             if len(plan.slots) == n and plan.num_prefill_rows == 0:
-                seconds.append(time.perf_counter() - started)
+                seconds.append((time.perf_counter() - started) / handle.wait().steps)
             return handle
 
+        if cold:
+            engine._max_steps = 1
         worker.launch = timed
         try:
             self.run(n, input_len, output_len)
         finally:
             del worker.launch
+            engine._max_steps = max_steps
         return {"step_seconds": statistics.median(seconds), "best_seconds": min(seconds)}
 
     def weights(self) -> dict[str, Any]:

@@ -180,6 +180,9 @@ class CompletionBody(SamplingBody):
 class Message(Body):
     role: str
     content: str | Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS)] | None = None
+    name: str | None = None
+    tool_calls: Any = None
+    tool_call_id: str | None = None
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -240,18 +243,6 @@ class ChatBody(SamplingBody):
             if self.reasoning_effort == "none":
                 found["enable_thinking"] = False
         return {**found, **(self.chat_template_kwargs or {})}
-
-    def refuse_tools(self) -> None:
-        """Raises InvalidRequestError if the model might have to call a tool."""
-        choice = self.tool_choice
-        if isinstance(choice, str) and choice not in ("none", "auto", "required"):
-            raise InvalidRequestError(
-                'tool_choice must be "none", "auto", "required" or a named function', param="tool_choice"
-            )
-        if choice == "none" or (not self.tools and choice in (None, "auto")):
-            return
-        param = "tools" if choice is None else "tool_choice"
-        raise InvalidRequestError(f"{param}: calling tools is not supported yet", param=param)
 
 
 _REFUSED = {

@@ -10,7 +10,7 @@ from pydantic import Field, Strict
 from quart import Blueprint, Response
 
 from aserve.errors import InvalidRequestError
-from aserve.server.openai.chat import conversation, render
+from aserve.server.openai.conversation import conversation, render
 from aserve.server.openai.models import served_model
 from aserve.server.openai.prompts import tokenizer_of
 from aserve.server.openai.protocol import Body, Bool, Messages, TemplateVariables, check_token_ids, read
