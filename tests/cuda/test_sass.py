@@ -87,3 +87,24 @@ def test_an_architecture_without_code_is_refused(sass: ModuleType, monkeypatch: 
     only = [sass.Kernel("choose_kernel", "sm_80", Counter(["EXIT"]))]
     with pytest.raises(sass.build.BuildError, match="code was found for"):
         sass.check(only, verbose=False)
+
+
+LOG = """
+ptxas info    : Compiling entry function '_Z1av' for 'sm_80'
+ptxas info    : Function properties for _Z1av
+    {stack} bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers
+"""
+
+
+@pytest.mark.parametrize("numbers", [(8, 0, 0), (0, 4, 0), (0, 0, 4)])
+def test_spilled_registers_and_stack_are_refused(sass: ModuleType, numbers: tuple[int, int, int]) -> None:
+    sass.build.check([LOG.format(stack=0, stores=0, loads=0)], verbose=False)
+    stack, stores, loads = numbers
+    with pytest.raises(sass.build.BuildError, match=f"{stores + loads} bytes spilled, {stack} of stack"):
+        sass.build.check([LOG.format(stack=stack, stores=stores, loads=loads)], verbose=False)
+
+
+def test_a_log_without_kernels_is_refused(sass: ModuleType) -> None:
+    with pytest.raises(sass.build.BuildError, match="no kernel"):
+        sass.build.check([""], verbose=False)
