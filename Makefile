@@ -16,7 +16,7 @@
 #               and plot in build/bench  (ONLY=q4,offline for a piece, ROUNDS=, THREADS=, BUSY=warn)
 # make quality  how far packed weights move the next-token distribution, beside llama.cpp's on the same file
 # make guard    instructions of the kernels and of a step's Python against the figures committed
-# make readme   write the tables of arguments in the README, and of verified kernels in docs/cuda.md, anew
+# make readme   write the tables of arguments in the README, and of verified kernels in cuda_ext/README.md, anew
 # make policies latency beside a long prompt, of a shared prefix, and of a full queue, on an idle machine
 # make clean    remove .venv, .venv-bench and every cache
 
@@ -177,7 +177,7 @@ readme: $(INSTALLED)
 	    page = pathlib.Path("README.md"); marks = r"(<!-- arguments: [^>]*-->\n).*(<!-- end of arguments -->)"; \
 	    page.write_text(re.sub(marks, lambda m: m[1] + render() + m[2], page.read_text(), flags=re.S))'
 	$(PY) -c 'import re, pathlib, setup_ext; from aserve.ops import hardware; \
-	    page = pathlib.Path("docs/cuda.md"); marks = r"(<!-- hardware: [^>]*-->\n).*(<!-- end of hardware -->)"; \
+	    page = pathlib.Path("cuda_ext/README.md"); marks = r"(<!-- hardware: [^>]*-->\n).*(<!-- end of hardware -->)"; \
 	    table = hardware.render(setup_ext.cuda_kernels().sources_digest(), hardware.committed()); \
 	    page.write_text(re.sub(marks, lambda m: m[1] + table + m[2], page.read_text(), flags=re.S))'
 

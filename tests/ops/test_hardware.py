@@ -81,7 +81,7 @@ def test_the_operations_are_those_the_library_registers() -> None:
 def test_the_documented_table_is_the_committed_results() -> None:
     import setup_ext
 
-    page = (ROOT / "docs" / "cuda.md").read_text()
+    page = (ROOT / "cuda_ext" / "README.md").read_text()
     found = re.search(r"<!-- hardware: [^>]*-->\n(.*)<!-- end of hardware -->", page, re.DOTALL)
     assert found is not None
     wanted = hardware.render(setup_ext.cuda_kernels().sources_digest(), hardware.committed())
