@@ -4,7 +4,8 @@
 # make test-slow    the tests that take minutes
 # make fuzz     random histories of the scheduler for as long as EXAMPLES= says
 # make lint     ruff and mypy alone
-# make cuda     the CUDA kernels through nvcc for sm_80 and sm_90a; fails on registers spilled to memory
+# make cuda     the CUDA library through nvcc for sm_80 and sm_90a; fails on registers spilled to memory and on
+#               machine code without the wide loads and tensor-core instructions it was written for
 # make kernels-full   the CUDA kernels' whole case list, run on the CPU
 # make kernels-asan   the same cases as `make test`, under AddressSanitizer and UndefinedBehaviorSanitizer
 # make load     Locust against a running server  (HOST=, PORT=, USERS=, TIME=)
@@ -15,7 +16,7 @@
 #               and plot in build/bench  (ONLY=q4,offline for a piece, ROUNDS=, THREADS=, BUSY=warn)
 # make quality  how far packed weights move the next-token distribution, beside llama.cpp's on the same file
 # make guard    instructions of the kernels and of a step's Python against the figures committed
-# make readme   write the tables of arguments in the README anew
+# make readme   write the tables of arguments in the README, and of verified kernels in cuda_ext/README.md, anew
 # make policies latency beside a long prompt, of a shared prefix, and of a full queue, on an idle machine
 # make clean    remove .venv, .venv-bench and every cache
 
@@ -115,8 +116,16 @@ test-slow: setup $(TEST_MODELS)
 fuzz: $(INSTALLED)
 	ASERVE_FUZZ_EXAMPLES=$(EXAMPLES) $(PY) -m pytest tests/core/test_scheduler_machine.py --timeout 0
 
-cuda:
-	$(PYTHON) cuda_ext/cuda/build.py cuda --check
+# The toolkit may come without cuobjdump, which then comes from its own packages.
+SASS_TOOLS := build/cuda/tools
+
+cuda: $(INSTALLED)
+	$(PY) cuda_ext/cuda/build.py cuda --check
+	$(PY) setup_ext.py --target cuda --check
+	@if [ -z "$${CUOBJDUMP:-}" ] && ! command -v cuobjdump >/dev/null && [ ! -d $(SASS_TOOLS) ]; then \
+	    $(PIP) install -q --no-deps --target $(SASS_TOOLS) 'nvidia-cuda-cuobjdump>=13,<14' 'nvidia-cuda-nvdisasm>=13,<14'; \
+	fi
+	$(PY) cuda_ext/cuda/sass.py
 
 kernels-full: $(INSTALLED)
 	ASERVE_KERNEL_CASES=full $(PY) -m pytest tests/cuda --timeout 0
@@ -167,6 +176,10 @@ readme: $(INSTALLED)
 	$(PY) -c 'import re, pathlib; from aserve.config.table import render; \
 	    page = pathlib.Path("README.md"); marks = r"(<!-- arguments: [^>]*-->\n).*(<!-- end of arguments -->)"; \
 	    page.write_text(re.sub(marks, lambda m: m[1] + render() + m[2], page.read_text(), flags=re.S))'
+	$(PY) -c 'import re, pathlib, setup_ext; from aserve.ops import hardware; \
+	    page = pathlib.Path("cuda_ext/README.md"); marks = r"(<!-- hardware: [^>]*-->\n).*(<!-- end of hardware -->)"; \
+	    table = hardware.render(setup_ext.cuda_kernels().sources_digest(), hardware.committed()); \
+	    page.write_text(re.sub(marks, lambda m: m[1] + table + m[2], page.read_text(), flags=re.S))'
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) aserve/_lib build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,11 +5,15 @@ Run it with the interpreter that runs aserve, after torch is installed there: th
 headers and libraries (its stable ABI only, so one build serves every later torch). Writes
 ``aserve/_lib/libaserve_cpu.so`` and ``aserve/_lib/build.json``. Nothing is downloaded or installed.
 
+The CUDA kernels take minutes and are compiled only when asked for: by ``--target cuda`` (or ``all``), or by
+naming architectures in ``ASERVE_CUDA_ARCH``, such as ``80;90a``. That needs nvcc and no GPU, and writes
+``aserve/_lib/libaserve_cuda.so``.
+
 Exit status: 0 built or up to date; 3 nothing can be built here (aserve then runs on its torch references);
 1 the compiler or the check failed; 2 wrong usage.
 
 Environment: ``ASERVE_NO_EXT=1`` builds nothing; ``MAX_JOBS`` is the default of ``--jobs``; ``CXX`` names
-the C++ compiler (g++ or clang++).
+the C++ compiler (g++ or clang++); ``ASERVE_CUDA_ARCH``; ``NVCC`` or ``CUDA_HOME``.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "cuda_ext"
@@ -63,6 +69,7 @@ LEVEL_FLAGS = {
         "-mavx512dq",
     ],
 }
+BINDINGS = ("cpu", "decoder", "linear")  # of the CPU library; bind_cuda.cpp is the CUDA library's
 LEVEL_FLAGS["avx512vnni"] = [*LEVEL_FLAGS["avx512"], "-mavx512vnni"]  # chosen inside the level avx512
 
 
@@ -135,7 +142,7 @@ def units(tools: Toolchain) -> list[Unit]:
     binding = (*plain, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", include)
     return [
         *levels,
-        *(Unit(source, binding) for source in sorted(SOURCES.glob("bind_*.cpp"))),
+        *(Unit(SOURCES / f"bind_{name}.cpp", binding) for name in BINDINGS),
         *(Unit(source, plain) for source in sorted(cpu.glob("*.cpp")) if not source.name.startswith("isa_")),
     ]
 
@@ -155,8 +162,10 @@ def digest(*parts: str | bytes) -> str:
     return total.hexdigest()
 
 
-def headers_digest() -> str:
-    files = sorted(p for p in SOURCES.rglob("*") if p.suffix in (".h", ".inl"))
+def headers_digest(binding: bool) -> str:
+    """Of the headers that a kernel, or a binding, may include."""
+    folders = [SOURCES / "cpu", *([SOURCES] if binding else [])]
+    files = sorted(p for folder in folders for p in folder.glob("*") if p.suffix in (".h", ".inl"))
     return digest(*(part for p in files for part in (p.name, p.read_bytes())))
 
 
@@ -178,11 +187,25 @@ def run(command: list[str]) -> str:
 
 def objects(tools: Toolchain) -> dict[Path, Unit]:
     """Every object file of the library, built or not, with what it is made from."""
-    headers, found = headers_digest(), {}
+    headers, found = {binding: headers_digest(binding) for binding in (False, True)}, {}
     for unit in units(tools):
-        key = digest(unit.source.read_bytes(), headers, *unit.flags, tools.version, tools.torch_version)
+        shared = headers[unit.source.parent == SOURCES]
+        key = digest(unit.source.read_bytes(), shared, *unit.flags, tools.version, tools.torch_version)
         found[OBJECT_DIR / f"{unit.source.stem}-{key[:20]}.o"] = unit
     return found
+
+
+def read_record() -> dict[str, Any]:
+    """What each library was built from, as far as it has been built."""
+    record = LIBRARY_DIR / "build.json"
+    return dict(json.loads(record.read_text())) if record.exists() else {}
+
+
+def write_record(name: str, state: dict[str, Any]) -> None:
+    record = LIBRARY_DIR / "build.json"
+    aside = record.with_name(f"{record.name}.{os.getpid()}")
+    aside.write_text(json.dumps({**read_record(), name: state}, indent=2) + "\n")
+    aside.replace(record)
 
 
 def build(jobs: int) -> Path:
@@ -198,8 +221,8 @@ def build(jobs: int) -> Path:
         "torch_target": TORCH_TARGET,
         "levels": list(LEVEL_FLAGS),
     }
-    library, record = LIBRARY_DIR / "libaserve_cpu.so", LIBRARY_DIR / "build.json"
-    if library.exists() and record.exists() and json.loads(record.read_text()).get("cpu") == state:
+    library = LIBRARY_DIR / "libaserve_cpu.so"
+    if library.exists() and read_record().get("cpu") == state:
         print(f"{library.relative_to(ROOT)} is up to date")
         return library
     missing = [(path, unit) for path, unit in wanted.items() if not path.exists()]
@@ -211,11 +234,65 @@ def build(jobs: int) -> Path:
         fresh = Path(aside) / library.name
         run([tools.compiler, "-o", str(fresh), *(str(path) for path in wanted), *link])
         fresh.replace(library)
-        fresh_record = Path(aside) / record.name
-        fresh_record.write_text(json.dumps({"cpu": state}, indent=2) + "\n")
-        fresh_record.replace(record)
+    write_record("cpu", state)
     seconds = time.monotonic() - started
     print(f"built {library.relative_to(ROOT)} ({len(missing)} files compiled, {seconds:.1f} s)")
+    return library
+
+
+def cuda_kernels() -> ModuleType:
+    """The builder of the CUDA kernels, cuda_ext/cuda/build.py."""
+    spec = importlib.util.spec_from_file_location("cuda_kernels", SOURCES / "cuda" / "build.py")
+    if spec is None or spec.loader is None:
+        raise BuildError("cuda_ext/cuda/build.py cannot be read")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def build_cuda(jobs: int) -> Path:
+    """Compiles the CUDA kernels and their binding where something changed, and links. Returns the library."""
+    tools, kernels = find_toolchain(), cuda_kernels()
+    try:
+        made = kernels.compile_all("cuda", [], jobs)
+    except kernels.NothingToBuildError as reason:
+        raise NothingToBuildError(str(reason)) from None
+    except kernels.BuildError as error:
+        raise BuildError(str(error)) from None
+    # Through nvcc, which knows where its own headers are. CUDA's runtime is linked in, and loads the driver
+    # when it is first called: the library must load where there is none.
+    flags = ["-std=c++20", "-O2", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+    flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", str(tools.torch / "include")]
+    source = SOURCES / "bind_cuda.cpp"
+    key = digest(
+        source.read_bytes(), kernels.sources_digest(), headers_digest(True), *flags, tools.torch_version
+    )
+    binding = OBJECT_DIR / f"bind_cuda-{key[:20]}.o"
+    link = [*made.link, "-Xlinker", "-z,defs,--no-as-needed", f"-L{tools.torch / 'lib'}"]
+    link += ["-ltorch", "-ltorch_cpu", "-lc10"]
+    state = {
+        "objects": sorted(path.name for path in (*made.objects, binding)),
+        "architectures": kernels.architectures(),
+        "sources": kernels.sources_digest(),
+        "link": link,
+        "torch": tools.torch_version,
+        "torch_target": TORCH_TARGET,
+    }
+    library = LIBRARY_DIR / "libaserve_cuda.so"
+    if library.exists() and read_record().get("cuda") == state:
+        print(f"{library.relative_to(ROOT)} is up to date")
+        return library
+    if not binding.exists():
+        nvcc = Toolchain(made.compiler, "", tools.torch, tools.torch_version)
+        compile_unit(nvcc, Unit(source, tuple(flags)), binding)
+    LIBRARY_DIR.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=LIBRARY_DIR) as aside:
+        fresh = Path(aside) / library.name
+        run([made.compiler, "-o", str(fresh), *(str(path) for path in made.objects), str(binding), *link])
+        fresh.replace(library)
+    write_record("cuda", state)
+    print(f"built {library.relative_to(ROOT)} for {', '.join(state['architectures'])}")
     return library
 
 
@@ -236,7 +313,10 @@ def check(library: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
-        "--target", choices=["auto", "cpu"], default="auto", help="what to build (default: auto)"
+        "--target",
+        choices=["auto", "cpu", "cuda", "all"],
+        default="auto",
+        help="what to build (default: auto, which is cpu, and cuda too where ASERVE_CUDA_ARCH is set)",
     )
     parser.add_argument(
         "--jobs",
@@ -249,9 +329,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
     try:
-        library = build(options.jobs)
+        wanted = options.target
+        libraries = [] if wanted == "cuda" else [build(options.jobs)]
+        if wanted in ("cuda", "all") or (wanted == "auto" and os.environ.get("ASERVE_CUDA_ARCH")):
+            libraries.append(build_cuda(options.jobs))
         if options.check:
-            check(library)
+            for library in libraries:
+                check(library)
     except NothingToBuildError as reason:
         print(f"setup_ext: nothing built: {reason}", file=sys.stderr)
         return NOTHING

@@ -47,7 +47,7 @@ class Site:
 SITES: dict[str, Site] = {
     # one request, on its way in
     "parameters": Site("aserve.engine.input:InputProcessor.check_params"),
-    "template": Site("aserve.server.openai.chat:render_chat"),
+    "template": Site("aserve.server.openai.conversation:render_chat"),
     "tokenise": Site("aserve.engine.input:InputProcessor.encode"),
     "grammar_compile": Site("aserve.guided.compiler:GrammarCompiler._compile"),
     "admit": Site("aserve.engine.input:InputProcessor.make_group"),
@@ -72,10 +72,10 @@ SITES: dict[str, Site] = {
     "vector": Site("aserve.engine.output:embedding_of"),
     "bridge": Site("aserve.engine.stream:Mailbox.put"),
     "bridge_deliver": Site("aserve.server.direct:LiveEvents._hand_over"),
-    "events_chat": Site("aserve.server.openai.chat:_Call.events_of"),
+    "events_chat": Site("aserve.server.openai.chat_answer:Answer.events_of"),
     "events_completions": Site("aserve.server.openai.completions:_Call.events_of"),
     "stream_ending": Site("aserve.server.openai.completions:_Call.ending"),
-    "response_chat": Site("aserve.server.openai.chat:_Call.response"),
+    "response_chat": Site("aserve.server.openai.chat_answer:Answer.response"),
     "response_completions": Site("aserve.server.openai.completions:_Call.response"),
     # the engine as a whole
     "schedule": Site("aserve.core.scheduler:Scheduler.schedule", fatal=True),

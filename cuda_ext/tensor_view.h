@@ -8,6 +8,12 @@
 
 #include "cpu/kernels.h"
 
+// Where a binding's tensors must be, if not on the CPU: defined before this is included.
+#ifndef ASERVE_DEVICE_TYPE
+#define ASERVE_DEVICE_TYPE aoti_torch_device_type_cpu()
+#define ASERVE_DEVICE_NAME "the CPU"
+#endif
+
 namespace {
 
 using aserve::DType;
@@ -42,7 +48,7 @@ struct View {
         aoti_torch_get_strides(handle, &stride) != AOTI_TORCH_SUCCESS ||
         aoti_torch_get_dtype(handle, &type) != AOTI_TORCH_SUCCESS)
       refuse(op, name, " cannot be read");
-    if (device != aoti_torch_device_type_cpu()) refuse(op, name, " must be on the CPU");
+    if (device != ASERVE_DEVICE_TYPE) refuse(op, name, " must be on " ASERVE_DEVICE_NAME);
     sizes = size;
     strides = stride;
   }

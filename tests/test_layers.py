@@ -229,3 +229,12 @@ def test_the_command_line_loads_no_torch() -> None:
 
 def test_a_worker_loads_no_web_server() -> None:
     assert not loaded_after("import aserve.worker.worker") & {"quart", "hypercorn", "sse_starlette"}
+
+
+def test_the_top_level_holds_nothing_else() -> None:
+    packages = {"aserve", "cuda_ext", "tests", "load_tests", "examples"}
+    files = {"pyproject.toml", "setup_ext.py", "README.md", "Makefile", "LICENSE"}
+    made = {"build", "dist", "aserve.egg-info"}
+    found = {path.name for path in PACKAGE.parent.iterdir() if not path.name.startswith(".")}
+    assert packages | files <= found
+    assert found <= packages | files | made

@@ -18,7 +18,7 @@ import torch
 
 from aserve.attention.base import AttentionMetadata, KVCache
 from aserve.errors import ConfigError
-from aserve.ops import reference
+from aserve.ops import cuda, reference
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_lib" / "libaserve_cpu.so"
 LEVEL_VARIABLE = "ASERVE_CPU_ISA"
@@ -200,13 +200,17 @@ def report() -> dict[str, str]:
 _library: _Library | None = None
 
 
-def _kernels(x: torch.Tensor) -> Any:
-    """The library where its kernels serve this tensor."""
-    return _library if x.is_cpu and x.dtype in _DTYPES else None
+def _kernels(x: torch.Tensor, op: str = "", cache: torch.Tensor | None = None) -> Any:
+    """The operations where a kernel serves this tensor; those of the CUDA library, by their names there."""
+    if x.is_cpu:
+        return _library if x.dtype in _DTYPES else None
+    if op and x.is_cuda and cuda.serves(op, x.dtype, None if cache is None else cache.dtype, x.get_device()):
+        return _library
+    return None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    kernels = _kernels(x)
+    kernels = _kernels(x, "rms_norm")
     if kernels is None:
         return reference.rms_norm(x, weight, eps)
     out = torch.empty_like(x, memory_format=_CONTIGUOUS)
@@ -217,7 +221,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def fused_add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    kernels = _kernels(x)
+    kernels = _kernels(x, "fused_add_rms_norm")
     if kernels is None:
         return reference.fused_add_rms_norm(x, residual, weight, eps)
     out = torch.empty_like(x, memory_format=_CONTIGUOUS)
@@ -233,7 +237,7 @@ def rotary_embedding(
     cos_sin: torch.Tensor,
     interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    kernels = _kernels(q)
+    kernels = _kernels(q, "rotary_embedding")
     if kernels is None:
         return reference.rotary_embedding(q, k, positions, cos_sin, interleaved)
     q_out = torch.empty_like(q, memory_format=_CONTIGUOUS)
@@ -252,7 +256,7 @@ def rope_and_store(
     slot_mapping: torch.Tensor,
     interleaved: bool = False,
 ) -> torch.Tensor:
-    kernels = _kernels(q)
+    kernels = _kernels(q, "rope_and_store", cache[0])
     if kernels is None:
         return reference.rope_and_store(q, k, v, positions, cos_sin, cache, slot_mapping, interleaved)
     out = torch.empty_like(q, memory_format=_CONTIGUOUS)
@@ -261,7 +265,7 @@ def rope_and_store(
 
 
 def store_kv(k: torch.Tensor, v: torch.Tensor, cache: KVCache, slot_mapping: torch.Tensor) -> None:
-    kernels = _kernels(k)
+    kernels = _kernels(k, "store_kv", cache[0])
     if kernels is None:
         reference.store_kv(k, v, cache, slot_mapping)
     else:
@@ -278,7 +282,7 @@ def paged_attention(
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    kernels = _kernels(q)
+    kernels = _kernels(q, "paged_attention", cache[0])
     head_size = q.shape[-1]
     if kernels is None or head_size % 8 != 0 or head_size > 256:
         return reference.paged_attention(
@@ -302,12 +306,12 @@ def paged_attention(
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    kernels = _kernels(x)
+    kernels = _kernels(x, "gated")
     return reference.silu_and_mul(x) if kernels is None else _gated(kernels, x, _SILU)
 
 
 def gelu_and_mul(x: torch.Tensor, approximate: str = "tanh") -> torch.Tensor:
-    kernels = _kernels(x)
+    kernels = _kernels(x, "gated")
     if kernels is None:
         return reference.gelu_and_mul(x, approximate)
     return _gated(kernels, x, _GELU_TANH if approximate == "tanh" else _GELU_ERF)
@@ -344,11 +348,11 @@ def swap_blocks(source: list[KVCache], target: list[KVCache], pairs: list[tuple[
 
 
 def greedy_logprob(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    kernels = _kernels(logits)
+    kernels = _kernels(logits, "greedy_logprob")
     if kernels is None:
         return reference.greedy_logprob(logits)
     rows = logits.shape[0]
-    token = torch.empty(rows, dtype=torch.int64)
-    logprob = torch.empty(rows, dtype=torch.float32)
+    token = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    logprob = torch.empty(rows, dtype=torch.float32, device=logits.device)
     kernels.greedy_logprob(logits, token, logprob)
     return token, logprob

@@ -243,8 +243,12 @@ class Worker:
             entries: list[SampleLogprobs] = []
             for at in range(0, count, piece):
                 end = min(at + piece, count)
-                logits = self.model.compute_logits(hidden[first + at : first + end])
-                entries += self.rows.prompt_logprobs(logits, targets[at:end], plan.slots[row])
+                # Without a name: the next piece is computed when these logits are gone.
+                entries += self.rows.prompt_logprobs(
+                    self.model.compute_logits(hidden[first + at : first + end]),
+                    targets[at:end],
+                    plan.slots[row],
+                )
             results[row] = entries
         return results or None
 

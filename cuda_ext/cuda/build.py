@@ -98,14 +98,33 @@ def run(command: list[str]) -> str:
     return done.stdout + done.stderr
 
 
-def build(target: str, extra: list[Path], jobs: int) -> tuple[Path, list[str]]:
-    """Compiles what is missing and links. Returns the library and what the compiler said of each object."""
+@dataclass(frozen=True)
+class Compiled:
+    """Object files, what links them, and what the compiler said of each."""
+
+    compiler: str
+    objects: list[Path]
+    link: list[str]
+    logs: list[str]
+
+
+def sources_digest() -> str:
+    """Of everything a kernel on a GPU is made from: what a result obtained there holds for."""
+    files = [*HERE.glob("*.cu"), *HERE.rglob("*.cuh"), ROOT / "cuda_ext" / "bind_cuda.cpp"]
+    return digest(*(part for p in sorted(files) for part in (p.name.encode(), p.read_bytes())))
+
+
+def architectures() -> list[str]:
+    return [a for a in os.environ.get("ASERVE_CUDA_ARCH", "80;90a").split(";") if a]
+
+
+def compile_all(target: str, extra: list[Path], jobs: int) -> Compiled:
+    """Compiles what is missing."""
     kernels = sorted(HERE.glob("*.cu")) + extra
     if target == "cuda":
         compiler = find_nvcc()
-        archs = [a for a in os.environ.get("ASERVE_CUDA_ARCH", "80;90a").split(";") if a]
         flags = list(NVCC_FLAGS)
-        for arch in archs:
+        for arch in architectures():
             flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
         sources, as_cpp, link = kernels, [], ["-shared", "-cudart", "static"]
     else:
@@ -126,7 +145,10 @@ def build(target: str, extra: list[Path], jobs: int) -> tuple[Path, list[str]]:
     def compile_one(item: tuple[Path, Path]) -> None:
         path, source = item
         aside = path.with_name(f"{path.name}.{os.getpid()}.o")
+        begun = time.monotonic()
         said = run([compiler, *flags, "-I", str(HERE), *as_cpp, "-c", str(source), "-o", str(aside)])
+        if target == "cuda":
+            print(f"{source.name}: {time.monotonic() - begun:.1f} s")
         if said and target != "cuda":
             print(said, file=sys.stderr, end="")
         path.with_suffix(".log").write_text(said)
@@ -136,16 +158,22 @@ def build(target: str, extra: list[Path], jobs: int) -> tuple[Path, list[str]]:
     started = time.monotonic()
     with ThreadPoolExecutor(max(1, min(jobs, len(missing)))) as pool:
         list(pool.map(compile_one, missing))
-    names = "\n".join(sorted(path.name for path in objects)).encode()
-    library = OUTPUT / f"libaserve_{target}-{digest(names, ' '.join(link).encode())}.so"
-    if not library.exists():
-        aside = library.with_name(f"{library.name}.{os.getpid()}")
-        run([compiler, "-o", str(aside), *(str(path) for path in objects), *link])
-        aside.replace(library)
     if missing:
         print(f"{target}: {len(missing)} files compiled in {time.monotonic() - started:.1f} s")
     logs = [path.with_suffix(".log") for path in objects]
-    return library, [log.read_text() for log in logs if log.exists()]
+    return Compiled(compiler, list(objects), link, [log.read_text() for log in logs if log.exists()])
+
+
+def build(target: str, extra: list[Path], jobs: int) -> tuple[Path, list[str]]:
+    """Compiles what is missing and links. Returns the library and what the compiler said of each object."""
+    made = compile_all(target, extra, jobs)
+    names = "\n".join(sorted(path.name for path in made.objects)).encode()
+    library = OUTPUT / f"libaserve_{target}-{digest(names, ' '.join(made.link).encode())}.so"
+    if not library.exists():
+        aside = library.with_name(f"{library.name}.{os.getpid()}")
+        run([made.compiler, "-o", str(aside), *(str(path) for path in made.objects), *made.link])
+        aside.replace(library)
+    return library, made.logs
 
 
 def usages(logs: list[str]) -> list[Usage]:

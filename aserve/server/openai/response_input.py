@@ -129,8 +129,17 @@ class ResponseBody(Body):
         if choice.get("type") == "function":
             name = text_of(choice.get("name"), "tool_choice.name", "tool_choice")
             return {"type": "function", "function": {"name": name}}
+        if choice.get("type") == "allowed_tools":
+            tools = choice.get("tools")
+            if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+                raise InvalidRequestError("tool_choice.tools must be a list of tools", param="tool_choice")
+            allowed = [{"type": "function", "function": {"name": tool.get("name")}} for tool in tools]
+            return {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": choice.get("mode"), "tools": allowed},
+            }
         raise InvalidRequestError(
-            'tool_choice must be "none", "auto", "required" or a function', param="tool_choice"
+            'tool_choice must be "none", "auto", "required", allowed_tools or a function', param="tool_choice"
         )
 
     def response_format(self) -> dict[str, Any] | None:

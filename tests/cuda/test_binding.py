@@ -1,0 +1,286 @@
+"""The CUDA operations as torch sees them: the library where it was built, and its binding over the emulation.
+
+The emulated binding is the same source registered for tensors on the CPU, under operations that take their
+schemas from the CPU library's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aserve.ops import native, reference
+from tests.cuda.attention import batch_of, compare, quantised
+from tests.cuda.conftest import ROOT
+from tests.cuda.emulator import Emulator
+from tests.ops.paging import Batch, Case, exact, make
+
+CUDA_LIBRARY = native.LIBRARY.with_name("libaserve_cuda.so")
+BOUND = (
+    "fused_add_rms_norm",
+    "gated",
+    "greedy_logprob",
+    "paged_attention",
+    "rms_norm",
+    "rope_and_store",
+    "rotary_embedding",
+    "store_kv",
+)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.003}
+
+LOADING = """
+import json, sys, torch
+cpu, cuda = sys.argv[1:]
+torch.ops.load_library(cpu)
+def state():
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("aserve::")]
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    keys = {n: [k for k in ("CPU", "CUDA") if has(n, k)] for n in names}
+    return {n: [str(getattr(torch.ops.aserve, n[8:]).default._schema), keys[n]] for n in names}
+before = state()
+torch.ops.load_library(cuda)
+maps = open("/proc/self/maps").read()
+print(json.dumps([before, state(), "libcuda.so" in maps or "libcudart.so" in maps]))
+"""
+
+
+@pytest.mark.skipif(not CUDA_LIBRARY.exists(), reason="no CUDA library: python setup_ext.py --target cuda")
+def test_the_library_loads_without_a_gpu_and_adds_kernels_to_the_same_schemas() -> None:
+    if not native.LIBRARY.exists():
+        pytest.skip("no CPU library, which defines the schemas: python setup_ext.py")
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, str(native.LIBRARY), str(CUDA_LIBRARY)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    before, after, needs_cuda = json.loads(done.stdout)
+    assert {name: schema for name, (schema, _) in before.items()} == {
+        name: schema for name, (schema, _) in after.items()
+    }
+    assert all(keys == ["CPU"] for _, keys in before.values())
+    on_cuda = {name.removeprefix("aserve::") for name, (_, keys) in after.items() if "CUDA" in keys}
+    assert on_cuda == set(BOUND)
+    assert all("CPU" in keys for _, keys in after.values())
+    assert not needs_cuda
+
+
+@pytest.fixture(scope="session")
+def bound(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The operations aserve_emulated."""
+    if native.why_missing() is not None:
+        pytest.skip(f"no CPU library, which defines the schemas: {native.why_missing()}")
+    native._open()
+    sys.path.insert(0, str(ROOT))
+    try:
+        import setup_ext
+    finally:
+        sys.path.pop(0)
+    tools = setup_ext.find_toolchain()
+    schemas = torch.library.Library("aserve_emulated", "DEF")
+    for name in BOUND:
+        schema = str(getattr(torch.ops.aserve, name).default._schema)
+        schemas.define(schema.removeprefix("aserve::"))
+    path = tmp_path_factory.mktemp("binding") / "libaserve_bound.so"
+    command = [
+        tools.compiler,
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
+    command += ["-DASERVE_EMULATED", f"-DTORCH_TARGET_VERSION={setup_ext.TORCH_TARGET}", "-isystem"]
+    command += [
+        str(tools.torch / "include"),
+        "-shared",
+        "-o",
+        str(path),
+        str(ROOT / "cuda_ext" / "bind_cuda.cpp"),
+    ]
+    command += [str(library), f"-Wl,-rpath,{library.parent}", *setup_ext.link_flags(tools)[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ops: Any = torch.ops
+    ops.load_library(str(path))
+    bound.schemas = schemas  # type: ignore[attr-defined]  # it takes its operations with it when it goes
+    return ops.aserve_emulated
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    bound_of = TOLERANCE[got.dtype]
+    torch.testing.assert_close(got.double(), want.double(), atol=bound_of, rtol=bound_of)
+
+
+DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCE))
+
+
+@DTYPES
+def test_norms(bound: Any, emulator: Emulator, dtype: torch.dtype) -> None:
+    wide = emulator.put(torch.randn(3, 4, 96).to(dtype))
+    x = wide[:, 1:3, :64]  # groups of rows
+    weight, out = emulator.put(torch.randn(64).to(dtype)), emulator.empty((3, 2, 64), dtype)
+    bound.rms_norm(x, weight, 1e-5, out)
+    close(out, reference.rms_norm(x, weight, 1e-5))
+    residual, total = emulator.put(torch.randn(3, 2, 64).to(dtype)), emulator.empty((3, 2, 64), dtype)
+    bound.fused_add_rms_norm(x, residual, weight, 1e-5, out, total)
+    wanted, wanted_total = reference.fused_add_rms_norm(x, residual, weight, 1e-5)
+    close(out, wanted)
+    close(total, wanted_total)
+
+
+@DTYPES
+def test_gated(bound: Any, emulator: Emulator, dtype: torch.dtype) -> None:
+    x, out = emulator.put(torch.randn(5, 48).to(dtype)), emulator.empty((5, 24), dtype)
+    functions: list[Callable[..., torch.Tensor]] = [
+        reference.silu_and_mul,
+        reference.gelu_and_mul,
+        lambda x: reference.gelu_and_mul(x, "none"),
+    ]
+    for activation, function in enumerate(functions):
+        bound.gated(x, activation, out)
+        close(out, function(x))
+
+
+@DTYPES
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_and_storing(bound: Any, emulator: Emulator, dtype: torch.dtype, interleaved: bool) -> None:
+    qkv = emulator.put(torch.randn(5, 8 * 32).to(dtype))
+    q, k, v = (x.unflatten(-1, (-1, 32)) for x in qkv.split([128, 64, 64], -1))
+    positions = emulator.put(torch.tensor([0, 7, 3, 3, 19]))
+    slots = emulator.put(torch.tensor([9, 0, 31, 5, 16]))
+    angles = torch.rand(20, 12)
+    cos_sin = emulator.put(torch.cat([angles.cos(), angles.sin()], -1))
+    q_out, k_out = emulator.empty((5, 4, 32), dtype), emulator.empty((5, 2, 32), dtype)
+    bound.rotary_embedding(q, k, positions, cos_sin, interleaved, q_out, k_out)
+    wanted_q, wanted_k = reference.rotary_embedding(q, k, positions, cos_sin, interleaved)
+    close(q_out, wanted_q)
+    close(k_out, wanted_k)
+
+    start = torch.zeros(4, 2, 8, 32, dtype=dtype)
+    cache, wanted = [emulator.put(start), emulator.put(start)], (start.clone(), start.clone())
+    bound.rope_and_store(q, k, v, positions, cos_sin, interleaved, *cache, slots, q_out)
+    reference.rope_and_store(q, k, v, positions, cos_sin, wanted, slots, interleaved)
+    close(q_out, wanted_q)
+    for got, want in zip(cache, wanted, strict=True):
+        close(got, want)
+    plain, wanted = [emulator.put(start), emulator.put(start)], (start.clone(), start.clone())
+    bound.store_kv(k, v, *plain, slots)
+    reference.store_kv(k, v, wanted, slots)
+    for got, want in zip(plain, wanted, strict=True):
+        assert torch.equal(got, want)
+
+
+CASES = [
+    Case(((1, 300), (1, 7)), 2, 2),  # one query head a KV head, split
+    Case(((1, 40), (3, 30), (1, 900)), 8, 2),  # splits, rows of different lengths
+    Case(((1, 33), (1, 9)), 16, 1),
+    Case(((20, 50), (40, 40)), 4, 2),  # prefill with and without a prefix
+    Case(((30, 35), (1, 60), (1, 5)), 4, 1),  # a row far above the average
+    Case(((1, 90), (1, 20)), 8, 2, 128, 8, window=40, softcap=20.0, slopes=True),
+]
+
+
+def run_attention(bound: Any, emulator: Emulator, batch: Batch) -> None:
+    q, out = emulator.put(batch.q), emulator.empty(batch.q.shape, batch.q.dtype)
+    meta, slopes = batch.meta, batch.options.get("alibi_slopes")
+    bound.paged_attention(
+        q,
+        *(emulator.put(side) for side in batch.cache),
+        *(emulator.put(each) for each in (meta.query_start, meta.seq_lens, meta.block_tables)),
+        batch.scale,
+        batch.case.window or 0,
+        batch.case.softcap or 0.0,
+        None if slopes is None else emulator.put(slopes),
+        out,
+    )
+    compare(out, exact(batch), "whichever", batch.values)
+
+
+@DTYPES
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention(bound: Any, emulator: Emulator, dtype: torch.dtype, case: Case) -> None:
+    run_attention(bound, emulator, batch_of(case, dtype))
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_attention_of_8_bit_caches(bound: Any, emulator: Emulator, cache_dtype: torch.dtype) -> None:
+    run_attention(bound, emulator, quantised(make(CASES[1], torch.bfloat16, 0), cache_dtype, 1.0, 1.0))
+
+
+def test_greedy(bound: Any, emulator: Emulator) -> None:
+    logits = emulator.put(torch.randn(3, 5000))[:, :4999]
+    token, logprob = emulator.empty((3,), torch.int64), emulator.empty((3,), torch.float32)
+    bound.greedy_logprob(logits, token, logprob)
+    wanted, wanted_logprob = reference.greedy_logprob(logits)
+    assert torch.equal(token, wanted)
+    torch.testing.assert_close(logprob, wanted_logprob)
+
+
+def test_no_rows(bound: Any) -> None:
+    none = torch.empty(0, 8)
+    bound.rms_norm(none, torch.ones(8), 1e-5, none.clone())
+    bound.gated(none, 0, torch.empty(0, 4))
+    bound.greedy_logprob(none, torch.empty(0, dtype=torch.int64), torch.empty(0))
+
+
+def refused(message: str, function: Any, *arguments: Any) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        function(*arguments)
+
+
+def test_bad_arguments_are_refused_before_a_launch(bound: Any) -> None:
+    x, weight = torch.randn(2, 8), torch.ones(8)
+    refused("weight must have size 8", bound.rms_norm, x, weight[:4], 1e-5, x.clone())
+    refused("must have one dtype", bound.rms_norm, x, weight, 1e-5, x.half())
+    refused("dense from dimension", bound.rms_norm, x, weight, 1e-5, x.t().contiguous().t())
+    refused("do not serve", bound.rms_norm, x, weight.half(), 1e-5, x.clone())
+    refused("unknown activation 3", bound.gated, x, 3, torch.empty(2, 4))
+    cache, ids = torch.randn(3, 1, 12, 8), torch.zeros(2, dtype=torch.int32)
+    q, table = torch.randn(1, 1, 8), torch.zeros(1, 1, dtype=torch.int32)
+    arguments = (q, cache, cache.clone(), ids, ids[:1], table, 1.0, 0, 0.0, None, q.clone())
+    refused("block size must be a power of two, is 12", bound.paged_attention, *arguments)
+    cache = torch.randn(3, 1, 8, 8)
+    arguments = (q, cache, cache.clone(), ids.long(), ids[:1], table, 1.0, 0, 0.0, None, q.clone())
+    refused("query_start must be int32", bound.paged_attention, *arguments)
+
+
+def test_cuda_is_not_built_unasked(tmp_path: Path) -> None:
+    """nvcc that fails, and is therefore seen when it is called."""
+    script = tmp_path / "nvcc"
+    script.write_text("#!/bin/sh\necho called >&2\nexit 1\n")
+    script.chmod(0o755)
+    copy = tmp_path / "project"
+    (copy / "aserve").mkdir(parents=True)
+    shutil.copytree(ROOT / "cuda_ext", copy / "cuda_ext")
+    shutil.copy(ROOT / "setup_ext.py", copy)
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nfor o; do [ "$p" = -o ] && : > "$o"; p=$o; done; echo 1\n')
+    compiler.chmod(0o755)
+
+    def build(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(copy / "setup_ext.py"), *arguments],
+            capture_output=True,
+            text=True,
+            env={"PATH": "/usr/bin:/bin", "CXX": str(compiler), "NVCC": str(script), **more},
+            check=False,
+        )
+
+    assert build().returncode == 0
+    asked = build("--target", "cuda")
+    assert (asked.returncode, "called" in asked.stderr) == (1, True)
+    assert build(ASERVE_CUDA_ARCH="80").returncode == 1
+    missing = build("--target", "cuda", NVCC="no-such-nvcc")
+    assert (missing.returncode, "no nvcc" in missing.stderr) == (3, True)
