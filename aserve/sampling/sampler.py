@@ -196,9 +196,12 @@ class SamplerState:
             column[slot] = column[parent_slot]
         self._seeds[slot] = rng_seed & _MASK64
 
-    def choose(self, slot: int, token_id: int) -> None:
-        """Names the token that a slot goes on with after it has reported candidates."""
+    def choose(self, slot: int, position: int, token_id: int) -> None:
+        """Names the token that a slot goes on with after it has reported candidates, and its place among
+        the tokens of prompt and output."""
         row = self._rows[slot]
+        # Not one more: it may have been given the slot anew since it reported, or forked from one that was.
+        self._num_output[slot] = position + 1 - len(row.prompt)
         if row.processors:
             row.output.append(token_id)
         if self._needs[slot] & _Needs.PENALTIES:

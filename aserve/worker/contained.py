@@ -60,10 +60,10 @@ class ContainedRows:
         if fork.parent_slot in self.broken:
             self.broken[fork.slot] = self.broken[fork.parent_slot]
 
-    def choose(self, slot: int, token_id: int) -> None:
+    def choose(self, slot: int, position: int, token_id: int) -> None:
         """Tells which token a slot that reports candidates goes on with."""
         try:
-            self.sampler.choose(slot, token_id)
+            self.sampler.choose(slot, position, token_id)
         except Exception as error:
             self._breaks(slot, "counting its tokens", error)
 

@@ -114,8 +114,8 @@ class Worker:
             self.rows.add(new)
         for fork in plan.forks:
             self.rows.fork(fork)
-        for slot, _, token_id in plan.chosen:
-            self.rows.choose(slot, token_id)
+        for slot, position, token_id in plan.chosen:
+            self.rows.choose(slot, position, token_id)
         if plan.swap_outs:
             kv_cache.move_blocks(self.caches, self.swap_space, plan.swap_outs)
         if plan.swap_ins:

@@ -88,9 +88,10 @@ class MemoryWorker:
             self.pooled[fork.slot] = False
             self.candidates[fork.slot] = self.candidates[fork.parent_slot]
         for slot, position, token in plan.chosen:
-            if position != len(self.tokens[slot]) - 1:
+            # A beam that was told anew after it had reported has nothing there yet.
+            if None in self.tokens[slot][:position] or position > len(self.tokens[slot]):
                 raise AssertionError(f"slot {slot} is not at position {position}")
-            self.tokens[slot][position] = token
+            self.tokens[slot][position:] = [token]
         for slot, blocks in plan.new_blocks:
             self.tables[slot].extend(blocks)
         for slot, index, block in plan.replaced_blocks:

@@ -72,16 +72,28 @@ def test_chosen_tokens_are_what_is_counted() -> None:
     state.add(0, params, 0, PROMPT, [], EOS, None, 6)
     run(state, logits[:1], [0], [0])
     state.fork(1, 0, 1)
-    state.choose(0, 11)
-    state.choose(1, 12)
+    state.choose(0, 2, 11)
+    state.choose(1, 2, 12)
     run(state, logits[:2], [0, 1], [0, 1])
     state.fork(0, 1, 2)
-    state.choose(0, 13)
-    state.choose(1, 12)
+    state.choose(0, 3, 13)
+    state.choose(1, 3, 12)
     for slot, output in ((0, [12, 13]), (1, [12, 12])):
         anew.add(slot, params, 0, PROMPT, output, EOS, None, 6)
         assert entry(run(state, logits[2:3], [0], [slot]), 0) == entry(run(anew, logits[2:3], [0], [slot]), 0)
         assert seen[-1] == seen[-2] == output
+
+
+def test_a_beam_that_reported_and_was_preempted_before_the_choice_counts_its_tokens() -> None:
+    """Told anew, it is not sampled again: the choice alone says that it has one more token."""
+    state = SamplerState(2, VOCAB, CPU)
+    logits = np.zeros((1, VOCAB), dtype=np.float32)
+    logits[0, EOS] = 9.0
+    state.add(0, beams(min_tokens=3), 0, PROMPT, [5], EOS, None, 6)
+    for position, masked in ((3, True), (4, False)):
+        state.choose(0, position, 6)
+        sampled = run(state, logits, [0], [0])
+        assert (int(sampled.token_ids[0]) != EOS) is masked
 
 
 def test_a_row_that_allows_nothing_fails_alone() -> None:
