@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ class Context:
     whole: bool = False
 
 
-class CallReader:
+class CallReader(ABC):
     """Tells text and calls apart as a text comes (:class:`~aserve.server.openai.pieces.Reader`).
 
     The pieces, put together, are the same for every way of splitting the text. Arguments are JSON as soon
@@ -61,9 +62,9 @@ class CallReader:
         self._started = self._complete = False
         self._reading = self._read_all()
 
+    @abstractmethod
     def read(self) -> Reading[None]:
         """Reads the whole text."""
-        raise NotImplementedError
 
     def _read_all(self) -> Reading[None]:
         yield from self.read()
