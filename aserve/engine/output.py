@@ -172,13 +172,7 @@ class OutputProcessor:
                 if state is None:
                     continue
                 dirty[request_id] = state, [seq]
-                if group.first_token_time is None:
-                    group.first_token_time = now
-                    self._stats.on_first_token(now - group.arrival_time)
-                else:
-                    last = group.last_token_time or now
-                    waited[last] = waited.get(last, 0) + 1
-                group.last_token_time = now
+                self._saw_tokens(group, now, waited)
             else:
                 state, seqs = entry
                 if seqs[-1] is not seq:
@@ -189,7 +183,8 @@ class OutputProcessor:
             except Exception as error:  # one request's text must never end the loop for all others
                 self._give_up(state, "making its text", error)
         for group in changes.beams:
-            self._saw_beams(group, now, waited)
+            if group.request_id in states:
+                self._saw_tokens(group, now, waited)
         for last, count in waited.items():
             self._stats.on_output_token((now - last) / changes.steps, count * changes.steps)
         for group, reason in changes.failed:
@@ -234,10 +229,8 @@ class OutputProcessor:
         if state.mailbox is not None:
             state.mailbox.fail(RequestFailedError(f"the request could not be completed: {reason}"))
 
-    def _saw_beams(self, group: SequenceGroup, now: float, waited: dict[float, int]) -> None:
-        """Times of a request whose beams took a step; ``waited`` as in :meth:`process`."""
-        if group.request_id not in self.states:
-            return
+    def _saw_tokens(self, group: SequenceGroup, now: float, waited: dict[float, int]) -> None:
+        """Times of a request that got tokens in a step; ``waited`` as in :meth:`process`."""
         if group.first_token_time is None:
             group.first_token_time = now
             self._stats.on_first_token(now - group.arrival_time)
