@@ -22,6 +22,8 @@ from aserve.ops.packed import FORMATS, PackedWeight
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 MAX_WINDOWS = 8
+MAX_STEPS = 16
+"""Most steps of one greedy run."""
 
 _WEIGHTS = ("q", "k", "v", "out", "gate", "up", "down")
 _NORMS = ("input_norm", "post_attention_norm", "pre_mlp_norm", "post_mlp_norm", "q_norm", "k_norm")
@@ -65,26 +67,31 @@ class LayerSpec:
 
 
 class GreedyRun:
-    """What up to ``steps`` greedy steps of ``count`` rows read and write; used again by the next such run.
+    """What greedy steps of ``count`` rows read and write, up to MAX_STEPS; used again by the next such run.
 
     rows, positions: int64 ``[count]``. ends: int64 ``[count]``, the token that ends a row, -1 for none.
-    token_ids: int64 ``[steps, count]``. logprobs: float32 ``[steps, count]``, of the drawn tokens; not finite
-    where the logits are not. logits: float32 ``[count, V]``, of the last step. made: int64 ``[1]``, how many
-    steps were made.
+    token_ids: int64 ``[MAX_STEPS, count]``. logprobs: float32 ``[MAX_STEPS, count]``, of the drawn tokens;
+    not finite where the logits are not. logits: float32 ``[count, V]``, of the last step. made: int64
+    ``[1]``, how many steps were made.
     """
 
-    def __init__(self, hidden: torch.Tensor, logits: torch.Tensor, steps: int) -> None:
+    def __init__(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
         count = len(logits)
         indices = torch.empty(3, count, dtype=torch.int64)
-        token_ids = torch.empty(steps, count, dtype=torch.int64)
-        self.logits, logprobs = logits, torch.empty(steps, count)
+        self._drawn = torch.empty(MAX_STEPS, count, dtype=torch.int64), torch.empty(MAX_STEPS, count)
+        self.logits = logits
         # A torch call on a few numbers costs several times one of numpy.
         self.rows, self.positions, self.ends = (each.numpy() for each in indices)
-        self.token_ids, self.logprobs = token_ids.numpy(), logprobs.numpy()
+        self.token_ids, self.logprobs = (each.numpy() for each in self._drawn)
         self.inputs = tuple(indices)
-        made = torch.zeros(1, dtype=torch.int64)
-        self.made = made.numpy()
-        self.outputs = (*hidden, logits, token_ids, logprobs, made)
+        self._made = torch.zeros(1, dtype=torch.int64)
+        self.made = self._made.numpy()
+        self._work = (*hidden, logits)
+
+    def outputs(self, steps: int) -> tuple[torch.Tensor, ...]:
+        """What so many steps write."""
+        token_ids, logprobs = self._drawn
+        return (*self._work, token_ids[:steps], logprobs[:steps], self._made)
 
 
 class DecoderStack:
@@ -103,7 +110,7 @@ class DecoderStack:
         self._final_norm = final_norm
         self._caches: list[KVCache] = []
         self._ends: tuple[PackedWeight, PackedWeight] | None = None
-        self._runs: dict[tuple[int, int], GreedyRun] = {}
+        self._runs: dict[int, GreedyRun] = {}
         self._halt = torch.full((1,), -1, dtype=torch.int64)
         self._halt_host = self._halt.numpy()
         self._logits = self._hidden = torch.empty(0)
@@ -212,21 +219,28 @@ class DecoderStack:
         operations give, bit for bit.
 
         tokens: int32 ``[S, W]``; block_tables: int32 ``[S, max_blocks]``. ends: as in :class:`GreedyRun`.
-        Returns the run and how many steps were made: at least one, and no more than ``steps``. None is begun
-        after one in which a row ended or has no likeliest token, nor when it could not be done within
-        ``seconds`` of the beginning, nor once :meth:`halt` was told ``number`` or more.
+        Returns the run and how many steps were made: at least one, no more than ``steps`` or MAX_STEPS. None
+        is begun after one in which a row ended or has no likeliest token, nor when it could not be done
+        within ``seconds`` of the beginning, nor once :meth:`halt` was told ``number`` or more.
         RuntimeError: as :meth:`forward`.
         """
         if self._ends is None:
             raise ConfigError("embedding and head have not been given")
         if not _same_tensors(caches, self._caches):
             self._describe_caches(caches)
-        run = self._runs.get((len(rows), steps)) or self._make_run(len(rows), steps, self._ends[1])
+        run = self._runs.get(len(rows)) or self._make_run(len(rows), self._ends[1])
         run.rows[:] = rows
         run.positions[:] = positions
         run.ends[:] = -1 if ends is None else ends
         self._kernels.decoder_greedy(
-            self._description, tokens, block_tables, *run.inputs, self._halt, number, seconds, *run.outputs
+            self._description,
+            tokens,
+            block_tables,
+            *run.inputs,
+            self._halt,
+            number,
+            seconds,
+            *run.outputs(steps),
         )
         return run, int(run.made[0])
 
@@ -234,14 +248,14 @@ class DecoderStack:
         """Ends runs up to ``number`` after the step they are at. May be called by any thread."""
         self._halt_host[0] = number
 
-    def _make_run(self, count: int, steps: int, head: PackedWeight) -> GreedyRun:
+    def _make_run(self, count: int, head: PackedWeight) -> GreedyRun:
         """Runs of all sizes share the memory of the largest."""
         if count > len(self._logits):
             self._runs.clear()
             self._logits = torch.empty(count, head.rows)
             self._hidden = torch.empty(2 * count, head.columns)
         hidden = self._hidden[: 2 * count].view(2, count, head.columns)
-        run = self._runs[count, steps] = GreedyRun(hidden, self._logits[:count], steps)
+        run = self._runs[count] = GreedyRun(hidden, self._logits[:count])
         return run
 
     def _describe(self, index: int, layer: LayerSpec) -> None:

@@ -13,13 +13,11 @@ from aserve import ops
 from aserve.config.engine import EngineConfig
 from aserve.messages.step import CacheCapacity, SampleLogprobs, StepPlan, StepResult
 from aserve.model.loader import load_model
+from aserve.ops.decoder import MAX_STEPS
 from aserve.sampling.sampler import Sampled, SamplerState
 from aserve.worker import kv_cache
 from aserve.worker.batch_state import BatchState, ModelInputs
 from aserve.worker.contained import ContainedRows
-
-MAX_STEPS = 16
-"""Most steps of one plan."""
 
 _LOGITS_BYTES = 64 << 20
 """Most memory that the logits of prompt positions may take at once."""
