@@ -9,7 +9,7 @@ from aserve.messages.step import StepPlan, StepResult
 _STEP_SECONDS = 0.01
 """A step that takes no longer is quick enough for whoever reads its tokens, whatever it could have taken."""
 
-_LEAST_TOKENS = 16
+_LEAST_TOKENS = 4
 _MEMORY = 0.8
 
 
