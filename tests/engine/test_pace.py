@@ -33,7 +33,7 @@ def paced(slowdown: float | None) -> Pace:
 
 def test_chunks_take_what_decodes_leave():
     assert paced(2.0).prompt_tokens() == 20
-    assert paced(1.5).prompt_tokens() == 10
+    assert paced(1.53).prompt_tokens() == 10
     assert paced(1.1).prompt_tokens() == 4, "never less than that"
     assert paced(None).prompt_tokens() == math.inf
 
