@@ -206,7 +206,8 @@ _library: _Library | None = None
 def _kernels(x: torch.Tensor, op: str = "", cache: torch.Tensor | None = None) -> Any:
     """The operations where a kernel serves this tensor; those of the CUDA library, by their names there."""
     if x.is_cpu:
-        return _library if x.dtype in _DTYPES else None
+        served = x.dtype in _DTYPES and (cache is None or cache.dtype in _DTYPES)
+        return _library if served else None
     if op and x.is_cuda and cuda.serves(op, x.dtype, None if cache is None else cache.dtype, x.get_device()):
         return _library
     return None
@@ -258,19 +259,30 @@ def rope_and_store(
     cache: KVCache,
     slot_mapping: torch.Tensor,
     interleaved: bool = False,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     kernels = _kernels(q, "rope_and_store", cache[0])
     if kernels is None:
-        return reference.rope_and_store(q, k, v, positions, cos_sin, cache, slot_mapping, interleaved)
+        return reference.rope_and_store(
+            q, k, v, positions, cos_sin, cache, slot_mapping, interleaved, k_scale, v_scale
+        )
     out = torch.empty_like(q, memory_format=_CONTIGUOUS)
     kernels.rope_and_store(q, k, v, positions, cos_sin, interleaved, cache[0], cache[1], slot_mapping, out)
     return out
 
 
-def store_kv(k: torch.Tensor, v: torch.Tensor, cache: KVCache, slot_mapping: torch.Tensor) -> None:
+def store_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: KVCache,
+    slot_mapping: torch.Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> None:
     kernels = _kernels(k, "store_kv", cache[0])
     if kernels is None:
-        reference.store_kv(k, v, cache, slot_mapping)
+        reference.store_kv(k, v, cache, slot_mapping, k_scale, v_scale)
     else:
         kernels.store_kv(k, v, cache[0], cache[1], slot_mapping)
 
@@ -284,12 +296,22 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     kernels = _kernels(q, "paged_attention", cache[0])
     head_size = q.shape[-1]
     if kernels is None or head_size % 8 != 0 or head_size > 256:
         return reference.paged_attention(
-            q, cache, meta, scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes
+            q,
+            cache,
+            meta,
+            scale,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
     out = torch.empty_like(q, memory_format=_CONTIGUOUS)
     kernels.paged_attention(
