@@ -1,4 +1,7 @@
-"""The engine on this device: what it generates, and how fast."""
+"""The engine on this device: what it generates, and how fast.
+
+The engine is imported where a unit runs: without its dependencies the other phases still run.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from typing import Any
 
 import torch
 
-from aserve.gpu_check import models
 from aserve.gpu_check.children import Unit
 from aserve.gpu_check.machine import Machine
 from aserve.gpu_check.options import Options
@@ -71,6 +73,8 @@ def _agreement(dtype: str, options: Options) -> Unit:
     count, length, new = (3, 24, 12) if options.dry else (16, 96, 96)
 
     def run(machine: Machine, folder: Path) -> Iterator[Row]:
+        from aserve.gpu_check import models
+
         model = models.write_small(folder / "small", dtype, options.seed % 1000)
         random = torch.Generator().manual_seed(options.seed)
         prompts = [torch.randint(3, 1024, (length + at,), generator=random).tolist() for at in range(count)]
@@ -146,6 +150,7 @@ def _speed(name: str, eager: bool, options: Options) -> Unit:
 
     def run(machine: Machine, folder: Path) -> Iterator[Row]:
         from aserve.bench import offline
+        from aserve.gpu_check import models
 
         models.register()
         shape = models.SHAPES[name]
@@ -186,6 +191,8 @@ def _speed(name: str, eager: bool, options: Options) -> Unit:
 
 def _decoded(shape: dict[str, Any], mode: str, batch: int, prompt: int, step: float, options: Options) -> Row:
     """A decode step's time beside what its bytes take at the measured copy rate."""
+    from aserve.gpu_check import models
+
     row: Row = {"what": f"decode, batch {batch}, {mode}", "batch": batch, "step_ms": round(step * 1e3, 3)}
     if step <= 0:
         return {**row, "error": "the clock does not resolve a step"}
@@ -205,6 +212,7 @@ def _served(name: str, options: Options) -> Unit:
 
     def run(machine: Machine, folder: Path) -> Iterator[Row]:
         from aserve.bench import load
+        from aserve.gpu_check import models
 
         model = models.write_shape(folder / name, name)
         flags = [
