@@ -253,6 +253,27 @@ void greedy_logprob(const Tensor& logits_, const Tensor& token_, const Tensor& l
   table(op).greedy_logprob(a, threads());
 }
 
+void greedy_allowed(const Tensor& logits_, const Tensor& allowed_, const Tensor& token_, const Tensor& logprob_) {
+  const char* op = "greedy_allowed";
+  const View logits(op, "logits", logits_), allowed(op, "allowed", allowed_), token(op, "token", token_),
+      logprob(op, "logprob", logprob_);
+  aserve::AllowedArgs a = {};
+  logits.rank(2).typed(aoti_torch_dtype_float32(), "float32").dense_from(1);
+  a.rows = logits.sizes[0];
+  a.size = logits.sizes[1];
+  a.words = (a.size + 31) / 32;
+  if (a.size < 1) refuse(op, "logits must have a column");
+  allowed.rank(2).size(0, a.rows).size(1, a.words).typed(aoti_torch_dtype_int32(), "int32").dense_from(0);
+  token.rank(1).size(0, a.rows).typed(aoti_torch_dtype_int64(), "int64").dense_from(0);
+  logprob.rank(1).size(0, a.rows).typed(aoti_torch_dtype_float32(), "float32").dense_from(0);
+  a.logits = static_cast<const float*>(logits.data);
+  a.allowed = static_cast<const uint32_t*>(allowed.data);
+  a.token = static_cast<int64_t*>(token.data);
+  a.logprob = static_cast<float*>(logprob.data);
+  a.stride = logits.strides[0];
+  table(op).greedy_allowed(a, threads());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(aserve, m) {
@@ -274,6 +295,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aserve, m) {
   m.def("gated(Tensor x, int activation, Tensor(a!) out) -> ()");
   m.def("copy_blocks(Tensor(a!) cache, Tensor pairs) -> ()");
   m.def("swap_blocks(Tensor source, Tensor(a!) target, Tensor pairs) -> ()");
+  m.def("greedy_allowed(Tensor logits, Tensor allowed, Tensor(a!) token, Tensor(b!) logprob) -> ()");
   m.def("greedy_logprob(Tensor logits, Tensor(a!) token, Tensor(b!) logprob) -> ()");
 }
 
@@ -287,5 +309,6 @@ STABLE_TORCH_LIBRARY_IMPL(aserve, CPU, m) {
   m.impl("gated", TORCH_BOX(&gated));
   m.impl("copy_blocks", TORCH_BOX(&copy_blocks));
   m.impl("swap_blocks", TORCH_BOX(&swap_blocks));
+  m.impl("greedy_allowed", TORCH_BOX(&greedy_allowed));
   m.impl("greedy_logprob", TORCH_BOX(&greedy_logprob));
 }

@@ -25,6 +25,13 @@ class AttentionMetadata:
         offset ``slot_mapping[t] % block_size``.
     max_query_len, max_seq_len: the largest row and sequence, known on the host.
     num_decode_rows: the last rows of the batch with exactly one query each.
+
+    graph: the pass is captured in a CUDA graph, or is a warm-up for that. Then every row is a decode row,
+        nothing here is read on the host but shapes and these integers, and nothing is kept from one layer
+        to the next: a replay reads what the tensors hold by then. ``max_blocks`` is the bucket's, so is
+        ``B``; ``num_decode_rows`` is ``B``, ``max_query_len`` 1, the host's lists may be empty. A row that
+        only fills the bucket has a ``seq_lens`` of 1, valid block ids, and a slot in a block that belongs
+        to nobody.
     """
 
     query_start: torch.Tensor
@@ -36,3 +43,4 @@ class AttentionMetadata:
     num_decode_rows: int
     query_start_host: list[int]
     seq_lens_host: list[int]
+    graph: bool = False

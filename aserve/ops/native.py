@@ -27,6 +27,7 @@ OPERATIONS = (
     "copy_blocks",
     "fused_add_rms_norm",
     "gelu_and_mul",
+    "greedy_allowed",
     "greedy_logprob",
     "paged_attention",
     "rms_norm",
@@ -51,6 +52,7 @@ _KERNELS = (
     "decoder_weight",
     "fused_add_rms_norm",
     "gated",
+    "greedy_allowed",
     "greedy_logprob",
     "pack_dense",
     "pack_gguf",
@@ -93,6 +95,7 @@ class _Library:
         self.decoder_weight = operations.decoder_weight.default
         self.fused_add_rms_norm = operations.fused_add_rms_norm.default
         self.gated = operations.gated.default
+        self.greedy_allowed = operations.greedy_allowed.default
         self.greedy_logprob = operations.greedy_logprob.default
         self.pack_dense = operations.pack_dense.default
         self.pack_gguf = operations.pack_gguf.default
@@ -203,7 +206,8 @@ _library: _Library | None = None
 def _kernels(x: torch.Tensor, op: str = "", cache: torch.Tensor | None = None) -> Any:
     """The operations where a kernel serves this tensor; those of the CUDA library, by their names there."""
     if x.is_cpu:
-        return _library if x.dtype in _DTYPES else None
+        served = x.dtype in _DTYPES and (cache is None or cache.dtype in _DTYPES)
+        return _library if served else None
     if op and x.is_cuda and cuda.serves(op, x.dtype, None if cache is None else cache.dtype, x.get_device()):
         return _library
     return None
@@ -255,19 +259,30 @@ def rope_and_store(
     cache: KVCache,
     slot_mapping: torch.Tensor,
     interleaved: bool = False,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     kernels = _kernels(q, "rope_and_store", cache[0])
     if kernels is None:
-        return reference.rope_and_store(q, k, v, positions, cos_sin, cache, slot_mapping, interleaved)
+        return reference.rope_and_store(
+            q, k, v, positions, cos_sin, cache, slot_mapping, interleaved, k_scale, v_scale
+        )
     out = torch.empty_like(q, memory_format=_CONTIGUOUS)
     kernels.rope_and_store(q, k, v, positions, cos_sin, interleaved, cache[0], cache[1], slot_mapping, out)
     return out
 
 
-def store_kv(k: torch.Tensor, v: torch.Tensor, cache: KVCache, slot_mapping: torch.Tensor) -> None:
+def store_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: KVCache,
+    slot_mapping: torch.Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> None:
     kernels = _kernels(k, "store_kv", cache[0])
     if kernels is None:
-        reference.store_kv(k, v, cache, slot_mapping)
+        reference.store_kv(k, v, cache, slot_mapping, k_scale, v_scale)
     else:
         kernels.store_kv(k, v, cache[0], cache[1], slot_mapping)
 
@@ -281,12 +296,22 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     kernels = _kernels(q, "paged_attention", cache[0])
     head_size = q.shape[-1]
     if kernels is None or head_size % 8 != 0 or head_size > 256:
         return reference.paged_attention(
-            q, cache, meta, scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes
+            q,
+            cache,
+            meta,
+            scale,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
     out = torch.empty_like(q, memory_format=_CONTIGUOUS)
     kernels.paged_attention(
@@ -345,6 +370,17 @@ def swap_blocks(source: list[KVCache], target: list[KVCache], pairs: list[tuple[
     for from_sides, to_sides in zip(source, target, strict=True):
         for side, other in zip(from_sides, to_sides, strict=True):
             kernels.swap_blocks(side, other, index)
+
+
+def greedy_allowed(logits: torch.Tensor, allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    kernels = _kernels(logits) if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
+    if kernels is None:
+        return reference.greedy_allowed(logits, allowed)
+    rows = logits.shape[0]
+    token = torch.empty(rows, dtype=torch.int64)
+    logprob = torch.empty(rows, dtype=torch.float32)
+    kernels.greedy_allowed(logits, allowed, token, logprob)
+    return token, logprob
 
 
 def greedy_logprob(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from aserve.attention.base import AttentionMetadata, KVCache
+from aserve.attention.decode import decode
+from aserve.attention.dense import NARROW, attend, narrow, quantised
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -66,24 +68,41 @@ def rope_and_store(
     cache: KVCache,
     slot_mapping: torch.Tensor,
     interleaved: bool = False,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """:func:`rotary_embedding`, with the turned keys and the values going to :func:`store_kv`.
 
     Returns the turned queries.
     """
     q, k = rotary_embedding(q, k, positions, cos_sin, interleaved)
-    store_kv(k, v, cache, slot_mapping)
+    store_kv(k, v, cache, slot_mapping, k_scale, v_scale)
     return q
 
 
-def store_kv(k: torch.Tensor, v: torch.Tensor, cache: KVCache, slot_mapping: torch.Tensor) -> None:
-    """Writes this step's keys and values ``[T, Hkv, D]`` into the paged cache."""
-    k_cache, v_cache = cache
-    block_size = k_cache.shape[2]
+def store_kv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: KVCache,
+    slot_mapping: torch.Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> None:
+    """Writes this step's keys and values ``[T, Hkv, D]`` into the paged cache.
+
+    k_scale, v_scale: an 8-bit cache holds the values divided by them, as near as it can; they are 1 for
+    every other.
+    """
+    block_size = cache[0].shape[2]
     blocks = slot_mapping // block_size
     offsets = slot_mapping % block_size
-    k_cache[blocks, :, offsets] = k.to(k_cache.dtype)
-    v_cache[blocks, :, offsets] = v.to(v_cache.dtype)
+    for side, x, factor in zip(cache, (k, v), (k_scale, v_scale), strict=True):
+        if side.dtype in NARROW:
+            # As bytes: not every torch indexes 8-bit floats.
+            written = quantised(x, side.dtype, factor)
+            side.view(torch.uint8)[blocks, :, offsets] = written.view(torch.uint8)
+        else:
+            side[blocks, :, offsets] = x.to(side.dtype)
 
 
 def paged_attention(
@@ -95,6 +114,8 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Causal attention of this step's queries over their sequences' cached keys and values.
 
@@ -102,29 +123,46 @@ def paged_attention(
     window: a query at position ``p`` sees keys ``p - window + 1 .. p``.
     softcap: scores become ``softcap * tanh(scores / softcap)`` (Gemma 2).
     alibi_slopes: float32 ``[Hq]``, adds ``-slope * distance`` (Press et al. 2022).
+    k_scale, v_scale: as :func:`store_kv` was given them.
     """
+    if meta.graph:
+        return decode(
+            q,
+            cache,
+            meta.block_tables,
+            meta.seq_lens,
+            scale,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
+    is_narrow = narrow(cache)
+    if is_narrow:
+        scale = scale * k_scale
     out = torch.empty_like(q)
     num_rows = len(meta.seq_lens_host)
     first_decode = num_rows - meta.num_decode_rows
     for row in range(first_decode):
         start, end = meta.query_start_host[row], meta.query_start_host[row + 1]
         length = meta.seq_lens_host[row]
-        keys, values = _gather(cache, meta.block_tables[row : row + 1], length)
+        keys, values = _gather(cache, meta.block_tables[row : row + 1], length, q.dtype)
         q_pos = torch.arange(length - (end - start), length, device=q.device).unsqueeze(0)
-        out[start:end] = _attend(
+        out[start:end] = attend(
             q[start:end].unsqueeze(0), keys, values, q_pos, scale, window, softcap, alibi_slopes
         )[0]
     if meta.num_decode_rows:
         start = meta.query_start_host[first_decode]
         lengths = meta.seq_lens[first_decode:].long()
         longest = max(meta.seq_lens_host[first_decode:])
-        keys, values = _gather(cache, meta.block_tables[first_decode:], longest)
+        keys, values = _gather(cache, meta.block_tables[first_decode:], longest, q.dtype)
         if min(meta.seq_lens_host[first_decode:]) < longest:
             # What lies past a row's end is unknown, perhaps NaN, which a weight of zero would not silence.
             past = torch.arange(longest, device=q.device) >= lengths.unsqueeze(1)
             keys.masked_fill_(past[:, None, :, None], 0)
             values.masked_fill_(past[:, None, :, None], 0)
-        out[start:] = _attend(
+        out[start:] = attend(
             q[start:].unsqueeze(1),
             keys,
             values,
@@ -134,59 +172,21 @@ def paged_attention(
             softcap,
             alibi_slopes,
         )[:, 0]
-    return out
+    return out * v_scale if is_narrow and v_scale != 1.0 else out
 
 
-def _gather(cache: KVCache, tables: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _gather(
+    cache: KVCache, tables: torch.Tensor, length: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of each table's first ``length`` tokens, each ``[B, Hkv, length, D]``."""
     block_size = cache[0].shape[2]
     blocks = tables[:, : -(-length // block_size)].long()
     gathered = []
     for side in cache:
-        pages = side[blocks]
+        pages = side.view(torch.uint8)[blocks].view(side.dtype).to(dtype) if narrow(cache) else side[blocks]
         flat = pages.permute(0, 2, 1, 3, 4).flatten(2, 3)
         gathered.append(flat[:, :, :length])
     return gathered[0], gathered[1]
-
-
-def _attend(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    q_pos: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    alibi_slopes: torch.Tensor | None,
-) -> torch.Tensor:
-    """q ``[B, Q, Hq, D]`` at positions ``q_pos`` ``[B, Q]`` over keys/values ``[B, Hkv, L, D]``."""
-    batch, num_queries, num_heads, head_size = q.shape
-    num_kv_heads, length = keys.shape[1], keys.shape[2]
-    distance = q_pos.unsqueeze(-1) - torch.arange(length, device=q.device)
-    visible = distance >= 0
-    if window is not None:
-        visible &= distance < window
-    group = num_heads // num_kv_heads
-    query = q.permute(0, 2, 1, 3)
-    if softcap is None and alibi_slopes is None:
-        # Heads of a group become queries: no copy of the keys, and one matrix product per KV head.
-        folded = query.reshape(batch, num_kv_heads, group * num_queries, head_size)
-        mask = visible.unsqueeze(1).repeat(1, 1, group, 1)
-        result = F.scaled_dot_product_attention(
-            folded, keys.to(q.dtype), values.to(q.dtype), attn_mask=mask, scale=scale
-        )
-    else:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        folded = query.reshape(batch, num_kv_heads, group, num_queries, head_size).to(wide)
-        scores = torch.einsum("bkgqd,bkld->bkgql", folded, keys.to(wide)) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        if alibi_slopes is not None:
-            slopes = alibi_slopes.view(1, num_kv_heads, group, 1, 1)
-            scores = scores - slopes * distance.view(batch, 1, 1, num_queries, length)
-        scores = scores.masked_fill(~visible.view(batch, 1, 1, num_queries, length), float("-inf"))
-        result = torch.einsum("bkgql,bkld->bkgqd", scores.softmax(-1), values.to(wide)).to(q.dtype)
-    return result.reshape(batch, num_heads, num_queries, head_size).permute(0, 2, 1, 3)
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
@@ -238,6 +238,21 @@ def _copy_at_once(caches: list[KVCache], pairs: list[tuple[int, int]]) -> None:
     for sides in caches:
         for side in sides:
             side[destination] = side[source]
+
+
+_BITS = torch.arange(32, dtype=torch.int32)
+
+
+def greedy_allowed(logits: torch.Tensor, allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most likely of each row's allowed tokens, and its log-probability among them.
+
+    logits: float32 ``[B, V]``. allowed: int32 ``[B, ceil(V / 32)]``; token ``i`` counts if bit ``i % 32`` of
+    word ``i // 32`` is set, and the logits of the others are not looked at. Returns int64 ``[B]`` (the first
+    of equal ones) and float32 ``[B]``, not finite for a row that allows nothing.
+    """
+    bits = allowed.unsqueeze(-1) >> _BITS.to(allowed.device) & 1
+    counts = bits.bool().view(len(allowed), -1)[:, : logits.shape[1]]
+    return greedy_logprob(logits.masked_fill(~counts, float("-inf")))
 
 
 def greedy_logprob(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

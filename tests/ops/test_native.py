@@ -212,6 +212,12 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         ),
         "packed_linear": (x, packed.allocate(16 * 64), weight[:5], 0, 5, 16, torch.randn(2, 5)),
         "packed_rows": (slots[:1], packed.allocate(16 * 64), 0, 5, 16, torch.randn(1, 16)),
+        "greedy_allowed": (
+            x,
+            torch.ones(2, 1, dtype=int32),
+            torch.zeros(2, dtype=torch.int64),
+            torch.zeros(2),
+        ),
         "greedy_logprob": (x, torch.zeros(2, dtype=torch.int64), torch.zeros(2)),
     }
 
