@@ -43,7 +43,8 @@ class InputProcessor:
         self._lock = threading.Lock()
         self._longest_piece: int | None = None
         self._fast = tokenizer is not None and tokenizer.is_fast
-        self._quick = quick_encoder(tokenizer.backend_tokenizer) if self._fast else None
+        fast = tokenizer if self._fast else None
+        self._quick = None if fast is None else quick_encoder(fast.backend_tokenizer)
         # Not a bound method: the compiler's thread must not keep the engine alive.
         vocab_size = config.model.vocab_size
         self.guides = GrammarCompiler(config.decoding, lambda: read_vocabulary(tokenizer, vocab_size))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import orjson
 from quart import Quart, Request, Response, request
 from quart.ctx import RequestContext
+from quart.globals import request_ctx
 from quart.json.provider import JSONProvider
 from quart.sessions import NullSession
 from werkzeug.routing import MapAdapter
@@ -82,15 +83,14 @@ class App(Quart):
     async def full_dispatch_request(self, request_context: RequestContext | None = None) -> ResponseTypes:
         dispatch = super().full_dispatch_request
 
-        async def inner(_: Request | None) -> Any:
+        async def inner(_: Request) -> Any:
             return await dispatch(request_context)
 
-        call: Callable[[Request | None], Any] = inner
+        call: Callable[[Request], Any] = inner
         for middleware in self.http_middleware:
             call = _around(middleware, call, self.make_response)
         try:
-            asked = None if request_context is None else request_context.request
-            return cast("ResponseTypes", await call(asked))
+            return cast("ResponseTypes", await call((request_context or request_ctx).request))
         except Exception as error:  # a middleware's own failure; those of views are answered inside
             return await self.make_response(await self.handle_user_exception(error))
 

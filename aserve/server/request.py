@@ -18,7 +18,9 @@ class RequestHeaders(Headers):
         super().__init__()
         self._list = list(pairs)
 
-    def get(self, key: str, default: Any = None, type: Callable[[str], Any] | None = None) -> Any:
+    def get(  # type: ignore[override]
+        self, key: str, default: Any = None, type: Callable[[str], Any] | None = None
+    ) -> Any:
         size, wanted = len(key), key.lower()
         for name, value in self._list:
             if len(name) == size and name.lower() == wanted:
