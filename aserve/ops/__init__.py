@@ -21,9 +21,12 @@ if TYPE_CHECKING:
         gelu_and_mul,
         greedy_logprob,
         paged_attention,
+        penalties,
         rms_norm,
         rope_and_store,
         rotary_embedding,
+        sample,
+        samples,
         silu_and_mul,
         store_kv,
         swap_blocks,
@@ -34,9 +37,12 @@ else:
     gelu_and_mul = _chosen.gelu_and_mul
     greedy_logprob = _chosen.greedy_logprob
     paged_attention = _chosen.paged_attention
+    penalties = _chosen.penalties
     rms_norm = _chosen.rms_norm
     rope_and_store = _chosen.rope_and_store
     rotary_embedding = _chosen.rotary_embedding
+    sample = _chosen.sample
+    samples = _chosen.samples
     silu_and_mul = _chosen.silu_and_mul
     store_kv = _chosen.store_kv
     swap_blocks = _chosen.swap_blocks
@@ -49,9 +55,12 @@ __all__ = [
     "greedy_logprob",
     "kernels",
     "paged_attention",
+    "penalties",
     "rms_norm",
     "rope_and_store",
     "rotary_embedding",
+    "sample",
+    "samples",
     "silu_and_mul",
     "store_kv",
     "swap_blocks",

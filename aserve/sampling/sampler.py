@@ -45,6 +45,12 @@ class _Needs(enum.IntFlag):
     CANDIDATES = 128
 
 
+_IN_A_PASS = (
+    _Needs.DRAW | _Needs.PENALTIES | _Needs.PROCESSORS | _Needs.MIN_TOKENS | _Needs.GUIDED
+)
+"""What rows may need that a device's kernel draws for in one pass over their logits."""
+
+
 @dataclass(slots=True)
 class Sampled:
     """Drawn tokens, int64 ``[S]``, and their log-probabilities, float32 ``[S]``.
@@ -226,19 +232,56 @@ class SamplerState:
         if len(plain) == len(slots):
             sampled = _greedy(logits)
         else:
-            plain = np.flatnonzero(needs & ~_Needs.GUIDED == 0)
-            if len(plain) == len(slots):
-                sampled = self._likeliest(logits, needs, slots)
-            elif len(plain) == 0:
-                sampled = self._sample(logits, needs, slots, index)
-            else:
-                others = np.flatnonzero(needs & ~_Needs.GUIDED)
-                parts = [torch.from_numpy(each).to(logits.device) for each in (plain, others)]
-                greedy = self._likeliest(logits[parts[0]], needs[plain], [slots[i] for i in plain.tolist()])
-                chosen = [slots[i] for i in others.tolist()]
-                drawn = self._sample(logits[parts[1]], needs[others], chosen, index[others])
-                sampled = _merge(len(slots), (plain.tolist(), greedy), (others.tolist(), drawn))
+            sampled = self._by_needs(logits, needs, slots, index)
         self._remember(needs, slots, index, sampled)
+        return sampled
+
+    def _by_needs(
+        self, logits: torch.Tensor, needs: np.ndarray, slots: list[int], index: np.ndarray
+    ) -> Sampled:
+        """Every row in the way that its own needs ask for."""
+        plain = needs & ~_Needs.GUIDED == 0
+        # Nothing that a device's kernel for one pass over the logits cannot do.
+        passed = ~plain & (needs & ~_IN_A_PASS == 0)
+        if not ops.samples(logits):
+            passed[:] = False
+        ways = (
+            (plain, lambda logits, needs, slots, index: self._likeliest(logits, needs, slots)),
+            (passed, self._in_a_pass),
+            (~plain & ~passed, self._sample),
+        )
+        parts = []
+        for which, way in ways:
+            places = np.flatnonzero(which)
+            if len(places) == len(slots):
+                return way(logits, needs, slots, index)
+            if len(places) > 0:
+                part = logits[torch.from_numpy(places).to(logits.device)]
+                chosen = [slots[i] for i in places.tolist()]
+                parts.append((places.tolist(), way(part, needs[places], chosen, index[places])))
+        return _merge(len(slots), *parts)
+
+    def _in_a_pass(
+        self, logits: torch.Tensor, needs: np.ndarray, slots: list[int], index: np.ndarray
+    ) -> Sampled:
+        """Rows drawn by a device's kernel; those it finds no token for are drawn by :meth:`_sample`."""
+        failed: dict[int, str] = {}
+        self._edit(logits, needs, slots, failed)
+        drawn = np.where(needs & _Needs.DRAW, self._temperature[index], np.float32(0))
+        columns = (drawn, self._seeds[index].view(np.int64), self._num_output[index])
+        token_ids, logprobs = ops.sample(
+            logits, *(torch.from_numpy(each).to(logits.device) for each in columns)
+        )
+        sampled = Sampled(token_ids, logprobs, failed=failed)
+        finite = torch.isfinite(logprobs)
+        if not bool(finite.all()):
+            places = torch.nonzero(~finite).flatten()
+            odd = places.cpu().numpy()
+            only_drawn = needs[odd] & _Needs.DRAW
+            again = self._sample(logits[places], only_drawn, [slots[i] for i in odd.tolist()], index[odd])
+            token_ids[places], logprobs[places] = again.token_ids, again.logprobs
+            for i, reason in again.failed.items():
+                failed.setdefault(int(odd[i]), reason)
         return sampled
 
     def _likeliest(self, logits: torch.Tensor, needs: np.ndarray, slots: list[int]) -> Sampled:
