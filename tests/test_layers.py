@@ -56,6 +56,8 @@ ALLOWED: dict[str, set[str]] = {
     "bench": SETTINGS
     | {"gguf", "tokenizer", "ops", "model", "worker", "executor", "engine", "llm", "metrics", "server"},
     "simulate": SETTINGS | {"core", "bench"},
+    # proving and timing the kernels and the engine on a GPU
+    "gpu_check": SETTINGS | COMPUTE | {"model", "bench", "engine", "llm"},
     # serving a file
     "batch": SETTINGS | {"engine", "server"},
     # 9: entry points
@@ -69,7 +71,7 @@ ALLOWED_MODULES = {"server": {"aserve.tokenizer.chat", "aserve.__version__"}}
 
 ALLOWED_INSIDE_FUNCTIONS = {
     "executor": {"worker"},
-    "server": {"bench", "simulate", "batch"},
+    "server": {"bench", "simulate", "batch", "gpu_check"},
     "simulate": {"engine"},
 }
 """The thread or process that runs a worker is the one that imports it; a command is imported when called."""

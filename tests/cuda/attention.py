@@ -6,8 +6,8 @@ import dataclasses
 
 import torch
 
+from aserve.gpu_check.paging import Batch, Case, make
 from tests.cuda.emulator import CODES, AttentionArgs, Emulator, ptr
-from tests.ops.paging import Batch, Case, make
 
 
 def quantised(batch: Batch, dtype: torch.dtype, k_scale: float, v_scale: float) -> Batch:

@@ -7,10 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from aserve.gpu_check import emulation
+from aserve.ops import native
 from tests.cuda.emulator import FORWARD, Emulator
 
 HERE = Path(__file__).resolve().parent
@@ -45,6 +48,14 @@ def library() -> Path:
 @pytest.fixture(scope="session")
 def loaded(library: Path) -> Emulator:
     return Emulator(library)
+
+
+@pytest.fixture(scope="session")
+def bound(library: Path) -> Any:
+    """The operations over the emulated kernels, with the schemas of the CPU library's."""
+    if native.why_missing() is not None:
+        pytest.skip(f"no CPU library, which defines the schemas: {native.why_missing()}")
+    return emulation.load(emulation.build(library))
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import itertools
 import pytest
 import torch
 
+from aserve.gpu_check.paging import Case, exact
 from tests.cuda.attention import arguments, attend, batch_of, compare
 from tests.cuda.conftest import FULL
 from tests.cuda.emulator import RANDOM, REVERSE, Emulator
-from tests.ops.paging import Case, exact
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
+from aserve.gpu_check.paging import Batch, Case, exact, make
 from aserve.ops import native, reference
 from tests.cuda.attention import batch_of, compare, quantised
 from tests.cuda.conftest import ROOT
 from tests.cuda.emulator import Emulator
-from tests.ops.paging import Batch, Case, exact, make
 
 CUDA_LIBRARY = native.LIBRARY.with_name("libaserve_cuda.so")
 BOUND = (
@@ -72,50 +72,6 @@ def test_the_library_loads_without_a_gpu_and_adds_kernels_to_the_same_schemas() 
     assert on_cuda == set(BOUND)
     assert all("CPU" in keys for _, keys in after.values())
     assert not needs_cuda
-
-
-@pytest.fixture(scope="session")
-def bound(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The operations aserve_emulated."""
-    if native.why_missing() is not None:
-        pytest.skip(f"no CPU library, which defines the schemas: {native.why_missing()}")
-    native._open()
-    sys.path.insert(0, str(ROOT))
-    try:
-        import setup_ext
-    finally:
-        sys.path.pop(0)
-    tools = setup_ext.find_toolchain()
-    schemas = torch.library.Library("aserve_emulated", "DEF")
-    for name in BOUND:
-        schema = str(getattr(torch.ops.aserve, name).default._schema)
-        schemas.define(schema.removeprefix("aserve::"))
-    path = tmp_path_factory.mktemp("binding") / "libaserve_bound.so"
-    command = [
-        tools.compiler,
-        "-std=c++20",
-        "-O1",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-    ]
-    command += ["-DASERVE_EMULATED", f"-DTORCH_TARGET_VERSION={setup_ext.TORCH_TARGET}", "-isystem"]
-    command += [
-        str(tools.torch / "include"),
-        "-shared",
-        "-o",
-        str(path),
-        str(ROOT / "cuda_ext" / "bind_cuda.cpp"),
-    ]
-    command += [str(library), f"-Wl,-rpath,{library.parent}", *setup_ext.link_flags(tools)[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    ops: Any = torch.ops
-    ops.load_library(str(path))
-    bound.schemas = schemas  # type: ignore[attr-defined]  # it takes its operations with it when it goes
-    return ops.aserve_emulated
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:

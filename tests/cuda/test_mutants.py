@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from aserve.gpu_check.paging import Case, exact
 from tests.cuda.attention import attend, batch_of, compare
 from tests.cuda.conftest import FULL, ROOT, run_build
 from tests.cuda.emulator import Emulator, orders
-from tests.ops.paging import Case, exact
 
 MEETING = re.compile(r"^ +(__syncthreads\(\)|__syncwarp\(\)|copy_async_wait<\d>\(\));$", re.MULTILINE)
 

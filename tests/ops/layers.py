@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from aserve.attention.base import AttentionMetadata, KVCache
+from aserve.gpu_check.paging import metadata
 from aserve.ops import packed
 from aserve.ops.decoder import LayerSpec
-from tests.ops.paging import metadata
 
 Rows = tuple[tuple[int, int], ...]
 """Of each row: tokens of this step, length of the sequence after it."""

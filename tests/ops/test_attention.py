@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from aserve.errors import ConfigError
+from aserve.gpu_check.paging import Batch, Case, exact, make
 from aserve.ops import native
-from tests.ops.paging import Batch, Case, exact, make
 
 MIXED = ((5, 5), (33, 300), (70, 70), (1, 1), (1, 17), (1, 300))
 BLOCK_EDGES = tuple((1, length) for length in (1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65))

@@ -70,10 +70,10 @@ def metadata(rows: tuple[tuple[int, int], ...], tables: torch.Tensor) -> Attenti
             break
         decode += 1
     return AttentionMetadata(
-        query_start=torch.tensor(starts, dtype=torch.int32),
-        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        query_start=torch.tensor(starts, dtype=torch.int32, device=tables.device),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=tables.device),
         block_tables=tables,
-        slot_mapping=torch.zeros(starts[-1], dtype=torch.int64),
+        slot_mapping=torch.zeros(starts[-1], dtype=torch.int64, device=tables.device),
         max_query_len=max(tokens for tokens, _ in rows),
         max_seq_len=max(lengths),
         num_decode_rows=decode,
@@ -82,55 +82,82 @@ def metadata(rows: tuple[tuple[int, int], ...], tables: torch.Tensor) -> Attenti
     )
 
 
-def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Batch:
-    """A batch whose blocks are scattered and whose cache is NaN wherever nothing was stored."""
-    random = torch.Generator().manual_seed(seed)
+def make(
+    case: Case, dtype: torch.dtype, seed: int = 0, room: Case | None = None, device: str = "cpu"
+) -> Batch:
+    """A batch whose blocks are scattered and whose cache is NaN wherever nothing was stored.
+
+    room: the case whose rows the cache and the tables have room for, this one by default.
+    """
+    random = torch.Generator(device).manual_seed(seed)
+    most = [-(-length // case.block_size) for _, length in (room or case).rows]
     counts = [-(-length // case.block_size) for _, length in case.rows]
-    total, widest = sum(counts) + 3, max(counts) + 2
-    order = torch.randperm(total, generator=random).int()
+    total, widest = sum(most) + 3, max(most) + 2
+    order = torch.randperm(total, generator=random, device=device).int()
     # Ids past a row's end are arbitrary.
-    tables = torch.randint(0, total, (len(case.rows), widest), generator=random, dtype=torch.int32)
+    tables = torch.randint(
+        0, total, (len(case.rows), widest), generator=random, dtype=torch.int32, device=device
+    )
     shape = (total, case.kv_heads, case.block_size, case.head_size)
-    cache = (torch.full(shape, math.nan, dtype=dtype), torch.full(shape, math.nan, dtype=dtype))
+    cache = (
+        torch.full(shape, math.nan, dtype=dtype, device=device),
+        torch.full(shape, math.nan, dtype=dtype, device=device),
+    )
     keys: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
     at = 0
     for row, (_, length) in enumerate(case.rows):
         tables[row, : counts[row]] = order[at : at + counts[row]]
         at += counts[row]
-        position = torch.arange(length)
+        position = torch.arange(length, device=device)
         blocks = tables[row].long()[position // case.block_size]
         for side, kept in zip(cache, (keys, values), strict=True):
-            written = torch.randn(length, case.kv_heads, case.head_size, generator=random).to(dtype)
+            written = torch.randn(length, case.kv_heads, case.head_size, generator=random, device=device).to(
+                dtype
+            )
             side[blocks, :, position % case.block_size] = written
             kept.append(written)
     tokens = sum(tokens for tokens, _ in case.rows)
     # Queries are a strided view, as those out of a merged projection are.
-    merged = torch.randn(tokens, case.heads + 2 * case.kv_heads, case.head_size, generator=random).to(dtype)
+    merged = torch.randn(
+        tokens, case.heads + 2 * case.kv_heads, case.head_size, generator=random, device=device
+    ).to(dtype)
     options: dict[str, Any] = {"window": case.window, "softcap": case.softcap}
     if case.slopes:
-        options["alibi_slopes"] = 2.0 ** -torch.arange(1, case.heads + 1, dtype=torch.float32)
+        options["alibi_slopes"] = 2.0 ** -torch.arange(1, case.heads + 1, dtype=torch.float32, device=device)
     return Batch(case, merged[:, : case.heads], cache, metadata(case.rows, tables), keys, values, options)
 
 
 def exact(batch: Batch) -> torch.Tensor:
-    """Attention of the batch in float64, row by row and head by head."""
+    """Attention of the batch in float64, row by row. A query that sees no key gets zeros."""
     case = batch.case
-    out = torch.empty(batch.q.shape, dtype=torch.float64)
+    out = torch.zeros(batch.q.shape, dtype=torch.float64, device=batch.q.device)
     group = case.heads // case.kv_heads
     for row, (tokens, length) in enumerate(case.rows):
         start = batch.meta.query_start_host[row]
-        distance = torch.arange(length - tokens, length).unsqueeze(1) - torch.arange(length)
+        if tokens == 0 or length == 0:
+            continue
+        place = torch.arange(length, device=out.device)
+        distance = place[length - tokens :].unsqueeze(1) - place
         hidden = distance < 0
         if case.window is not None:
             hidden |= distance >= case.window
-        for head in range(case.heads):
-            q = batch.q[start : start + tokens, head].double()
-            scores = q @ batch.keys[row][:, head // group].double().T * batch.scale
-            if case.softcap is not None:
-                scores = case.softcap * torch.tanh(scores / case.softcap)
-            if case.slopes:
-                scores = scores - batch.options["alibi_slopes"][head].double() * distance
-            weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
-            out[start : start + tokens, head] = weights @ batch.values[row][:, head // group].double()
+        q = batch.q[start : start + tokens].double().reshape(tokens, case.kv_heads, group, -1)
+        keys, values = batch.keys[row].double(), batch.values[row].double()
+        scores = torch.einsum("tkgd,lkd->kgtl", q, keys) * batch.scale
+        if case.softcap is not None:
+            scores = case.softcap * torch.tanh(scores / case.softcap)
+        if case.slopes:
+            slopes = batch.options["alibi_slopes"].double().view(case.kv_heads, group, 1, 1)
+            scores = scores - slopes * distance
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        out[start : start + tokens] = torch.einsum("kgtl,lkd->tkgd", weights, values).flatten(1, 2)
     return out
+
+
+def narrowed(batch: Batch, dtype: torch.dtype) -> Batch:
+    """The batch with an 8-bit cache; its keys and values are what that cache stands for."""
+    most = torch.finfo(dtype).max
+    sides = tuple(side.float().clamp(-most, most).to(dtype) for side in batch.cache)
+    kept = [[v.float().clamp(-most, most).to(dtype) for v in each] for each in (batch.keys, batch.values)]
+    return replace(batch, cache=(sides[0], sides[1]), keys=kept[0], values=kept[1])

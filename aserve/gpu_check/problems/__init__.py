@@ -1,0 +1,1 @@
+"""What each operation is checked with, one module a family; :mod:`aserve.gpu_check.operations` lists them."""
