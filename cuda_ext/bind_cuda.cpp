@@ -66,6 +66,7 @@ class Site {
 #endif
   }
 
+  const char* op() const { return op_; }
   void* stream() const { return stream_; }
 
   int64_t multiprocessors() const {
@@ -292,6 +293,10 @@ void upload(const Site& site, void* target, const std::vector<int64_t>& values) 
   (void)site;
   std::memcpy(target, values.data(), bytes);
 #else
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  site.check(cudaStreamIsCapturing(static_cast<cudaStream_t>(site.stream()), &capturing));
+  if (capturing != cudaStreamCaptureStatusNone)
+    refuse(site.op(), "a CUDA graph cannot hold this operation: its pairs come from the host");
   site.check(cudaMemcpyAsync(target, values.data(), bytes, cudaMemcpyHostToDevice,
                              static_cast<cudaStream_t>(site.stream())));
 #endif

@@ -52,9 +52,7 @@ class Rows:
         start: torch.Tensor = self._places(block_size)[0]
         return start
 
-    def keys_and_values(
-        self, cache: KVCache, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_and_values(self, cache: KVCache, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """All rows' keys and values out of the cache, ``[K, Hkv, D]`` each, of dtype; an 8-bit cache's
         without their scale."""
         _, blocks, offsets = self._places(cache[0].shape[2])

@@ -45,9 +45,7 @@ class _Needs(enum.IntFlag):
     CANDIDATES = 128
 
 
-_IN_A_PASS = (
-    _Needs.DRAW | _Needs.PENALTIES | _Needs.PROCESSORS | _Needs.MIN_TOKENS | _Needs.GUIDED
-)
+_IN_A_PASS = _Needs.DRAW | _Needs.PENALTIES | _Needs.PROCESSORS | _Needs.MIN_TOKENS | _Needs.GUIDED
 """What rows may need that a device's kernel draws for in one pass over their logits."""
 
 
