@@ -167,7 +167,7 @@ class Xformers(Backend):
         if num_kv_heads != num_heads:
             # [1, tokens, groups, heads of a group, size]; a group's heads share its keys without a copy.
             group = num_heads // num_kv_heads
-            q = q.unflatten(1, (num_kv_heads, group))
+            q = q.reshape(tokens, num_kv_heads, group, size)
             keys, values = (x.unsqueeze(2).expand(-1, -1, group, -1) for x in (keys, values))
         out: torch.Tensor = fmha.memory_efficient_attention_forward(
             q.unsqueeze(0),

@@ -25,8 +25,8 @@ VARIABLE = "ASERVE_ATTENTION_BACKEND"
 
 logger = logging.getLogger(__name__)
 
-# Rounding of the result, and of the weights where they are rounded for the tensor cores, with some to spare: a
-# wrong mask or head is off by far more.
+# Rounding of the result, and of the weights where tensor cores multiply them, with some to spare: a wrong
+# mask or head is off by far more.
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2 * 2**-7, torch.float16: 2 * 2**-10}
 
 

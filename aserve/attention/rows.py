@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def parts_of(meta: AttentionMetadata) -> Parts:
         return meta.parts
     start, lengths = meta.query_start_host, meta.seq_lens_host
     count = len(lengths) - meta.num_decode_rows
-    query_lens = [end - begin for begin, end in zip(start, start[1:], strict=False)]
+    query_lens = [end - begin for begin, end in pairwise(start)]
     prefill = decode = None
     if count:
         prefill = Rows(

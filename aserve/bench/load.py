@@ -93,5 +93,6 @@ def run(url: str, n: int, input_len: int, output_len: int) -> dict[str, Any]:
         "seconds": seconds,
         "output_tokens": sum(answer.output_tokens for answer in answers),
         "ttft_ms": statistics.median(metrics.samples(answers, "ttft")),
+        "tpot_ms": statistics.median(metrics.samples(answers, "tpot")),
         "itl_ms": statistics.median(metrics.samples(answers, "itl")),
     }

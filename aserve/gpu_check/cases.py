@@ -6,6 +6,7 @@ A new operation is an entry of ``OPERATIONS`` and a function here that yields it
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from aserve.gpu_check.paging import Case
 from aserve.gpu_check.problems import attention, cache, draws, moves, rows
@@ -14,7 +15,7 @@ from aserve.gpu_check.problems.cache import Step
 from aserve.gpu_check.problems.draws import Logits
 from aserve.gpu_check.problems.moves import Blocks
 from aserve.gpu_check.problems.rows import ACTIVATIONS, Rows
-from aserve.ops.hardware import FLOATS, NARROW, Combination, combinations
+from aserve.ops.hardware import FLOATS, MOVES, NARROW, Combination, combinations
 
 OPERATIONS: dict[str, Operation] = {
     "rms_norm": rows.RMS_NORM,
@@ -159,9 +160,9 @@ def block_moves() -> Iterator[Check]:
             for back in (False, True):
                 shape = Blocks(min(pairs, 5), head_size=head_size, host=7, back=back)
                 yield Check("swap_blocks", dtype, dtype, shape)
-        large = {"layers": 16, "blocks": 300, "heads": 8, "head_size": 128}
-        yield Check("copy_blocks", dtype, dtype, Blocks(64, **large), large=True)
-        yield Check("swap_blocks", dtype, dtype, Blocks(64, **large, host=100), large=True)
+        large = Blocks(64, layers=16, blocks=300, heads=8, head_size=128)
+        yield Check("copy_blocks", dtype, dtype, large, large=True)
+        yield Check("swap_blocks", dtype, dtype, replace(large, host=100), large=True)
 
 
 def drawn() -> Iterator[Check]:
@@ -202,9 +203,10 @@ def firsts(checks: Iterable[Check]) -> list[Check]:
 
 
 def tiny() -> list[Check]:
-    """One small shape of every operation, with an 8-bit cache where it has one."""
+    """One small shape of every operation, with an 8-bit cache where it has one beside its own type."""
     found: dict[str, Check] = {}
     for check in firsts(every()):
-        if check.dtype == BF16 and check.cache_dtype in (None, NARROW[0]):
+        moved = check.op in MOVES and check.cache_dtype == NARROW[0]
+        if moved or (check.dtype == BF16 and check.cache_dtype in (None, NARROW[0])):
             found.setdefault(check.op, check)
     return list(found.values())

@@ -17,10 +17,11 @@ USAGE = """usage: aserve serve [MODEL] [flags]
        aserve bench {serve,throughput,latency,limits} [flags]
        aserve simulate [flags]
        aserve run-batch -i FILE -o FILE [flags]
+       aserve gpu-check [flags]
        aserve --version
 
 `serve` serves a model over the OpenAI API, `bench` measures, `simulate` predicts, `run-batch` answers a file
-of requests; `--help` after each lists the flags."""
+of requests, `gpu-check` proves and times the CUDA kernels; `--help` after each lists the flags."""
 
 SECRETS = ("api_key",)
 
@@ -48,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
         from aserve.batch.cli import main as run_batch
 
         return run_batch(arguments[1:])
+    if arguments[0] == "gpu-check":
+        from aserve.gpu_check.cli import main as gpu_check
+
+        return gpu_check(arguments[1:])
     if arguments[0] != "serve":
         print(f"aserve: unknown command {arguments[0]!r}\n{USAGE}", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from aserve import ops
+from aserve.attention import route
 from aserve.config.engine import EngineConfig
 from aserve.messages.step import CacheCapacity, SampleLogprobs, StepPlan, StepResult
 from aserve.model.loader import load_model
@@ -56,6 +57,7 @@ class Worker:
     def start(self) -> CacheCapacity:
         """Loads the model, allocates the cache, runs one warm-up step."""
         config = self.config
+        route.check(self.device)
         phases: dict[str, float] = {}
         clock = _Stopwatch(phases)
         torch.manual_seed(config.model.seed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -68,7 +69,7 @@ class Varlen:
             return torch.empty_like(query)
         ends_q, ends_k = cu_seq_q.tolist(), cu_seq_k.tolist()
         assert (ends_q[-1], ends_k[-1]) == (len(query), len(key))
-        lengths = [[b - a for a, b in zip(ends, ends[1:], strict=False)] for ends in (ends_q, ends_k)]
+        lengths = [[b - a for a, b in pairwise(ends)] for ends in (ends_q, ends_k)]
         assert (max_q, max_k) == (max(lengths[0]), max(lengths[1]))
         if self.fault == "raises":
             raise RuntimeError("no kernel image is available. Compile with more of them\nand so on")

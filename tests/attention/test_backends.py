@@ -283,7 +283,7 @@ def test_forcing(
     with pytest.raises(ConfigError, match=r"xformers cannot be imported .*pip install 'aserve\[cuda\]'"):
         route.choose(LAYER, CPU)
     monkeypatch.setenv(route.VARIABLE, "own")
-    with pytest.raises(ConfigError, match="not verified for bfloat16 .*ASERVE_CUDA_KERNELS=all"):
+    with pytest.raises(ConfigError, match=r"not verified for bfloat16 .*ASERVE_CUDA_KERNELS=all"):
         route.choose(LAYER, CPU)
     monkeypatch.setenv(route.VARIABLE, "flash")
     with pytest.raises(ConfigError, match="must be one of own, varlen, xformers, sdpa, is 'flash'"):
@@ -297,7 +297,7 @@ def test_the_variable_has_no_say_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> 
         route.check(CPU)
     monkeypatch.setenv(route.VARIABLE, "sdpa")
     route.check(torch.device("cuda"))
-    with pytest.raises(ConfigError, match="on the CPU aserve's own kernels attend.*; unset it"):
+    with pytest.raises(ConfigError, match=r"on the CPU aserve's own kernels attend.*; unset it"):
         route.check(CPU)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random as stdlib_random
 from dataclasses import replace
 from typing import Any
@@ -105,18 +106,16 @@ def _varlen(batch: paging.Batch, b: Buffers) -> Peer:
     from torch.nn.attention.varlen import varlen_attn
 
     case = batch.case
+    # Its arguments differ between versions of torch.
+    known = set(inspect.signature(varlen_attn).parameters)
     q = b["q"][:, : case.heads].contiguous()
-    group = case.heads // case.kv_heads
-    k, v = (torch.cat(side).repeat_interleave(group, 1).contiguous() for side in (batch.keys, batch.values))
+    copies = 1 if "enable_gqa" in known else case.heads // case.kv_heads
+    k, v = (torch.cat(side).repeat_interleave(copies, 1) for side in (batch.keys, batch.values))
     starts, longest = b["query_start"], case.rows[0][0]
-    causal = {"is_causal": True} if "is_causal" in _parameters(varlen_attn) else {"window_size": (-1, 0)}
+    causal: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    if "enable_gqa" in known:
+        causal["enable_gqa"] = True
     return lambda: varlen_attn(q, k, v, starts, starts, longest, longest, **causal)
-
-
-def _parameters(function: Any) -> set[str]:
-    import inspect
-
-    return set(inspect.signature(function).parameters)
 
 
 def _xformers(batch: paging.Batch, b: Buffers) -> Peer:
