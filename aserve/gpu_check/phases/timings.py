@@ -12,7 +12,6 @@ from aserve.gpu_check.machine import Machine
 from aserve.gpu_check.options import Options
 from aserve.gpu_check.phases import ceilings
 from aserve.gpu_check.phases.correctness import about
-from aserve.gpu_check.phases.graphs import captured
 from aserve.gpu_check.problems.base import Check, Problem
 from aserve.gpu_check.results import Row
 from aserve.gpu_check.timing import CALLS, eager_microseconds, microseconds
@@ -22,8 +21,7 @@ GOAL_BYTES, GOAL_SHARE = 64 << 20, 0.7
 
 def units(options: Options) -> list[Unit]:
     chosen = cases.tiny() if options.dry else timed.TIMED
-    # Timed by graphs.
-    return [_unit(check, options) for check in chosen if options.wants(check.op) and captured(check)]
+    return [_unit(check, options) for check in chosen if options.wants(check.op)]
 
 
 def _unit(check: Check, options: Options) -> Unit:
@@ -45,7 +43,8 @@ def finding(machine: Machine, check: Check, options: Options) -> Row:
     ]
     call = getattr(machine.ops, check.op)
     arguments = [problem.arguments(buffers) for buffers in held]
-    taken = microseconds(machine, [_bound(call, each) for each in arguments])
+    measure = microseconds if operation.captured else eager_microseconds
+    taken = measure(machine, [_bound(call, each) for each in arguments])
     expected = timed.predicted(check) if options.dry else timed.expectations()[timed.name_of(check)]
     by_bytes = cost.bytes / timed.BYTES_PER_SECOND >= cost.flops / timed.FLOPS
     rate = (cost.bytes if by_bytes else cost.flops) / taken * 1e6

@@ -184,12 +184,13 @@ def make_store(check: Check, seed: int, device: str, changed: bool) -> Problem:
 def _torch_store(b: Buffers, k: torch.Tensor, v: torch.Tensor) -> None:
     block_size = b["k_cache"].shape[2]
     at = b["slots"] // block_size, b["slots"] % block_size
-    for name, value in (("k_cache", k), ("v_cache", v)):
+    scales = scales_of(b["k_cache"].dtype)
+    for name, value, scale in zip(("k_cache", "v_cache"), (k, v), scales, strict=True):
         side = b[name]
         # An 8-bit type has no scatter of its own.
         narrow = side.dtype.itemsize == 1
         target = side.view(torch.uint8) if narrow else side
-        stored = value.to(side.dtype)
+        stored = (value / scale if narrow else value).to(side.dtype)
         target.transpose(1, 2)[at] = stored.view(torch.uint8) if narrow else stored
 
 
