@@ -12,6 +12,7 @@
 # make soak     mixed traffic against a server on SmolLM2 for MINUTES= (30; 480 for the long one), which must stay
 #               as it was: memory, files, threads, tasks, and a balance of every request
 # make flood    the same with REQUESTS= (200000) requests and no model
+# make guided   what guides cost: time per output token, and the first token of a schema nobody has seen
 # make bench    aserve beside OpenVINO GenAI, llama.cpp and transformers, on an idle machine; figures, table
 #               and plot in build/bench  (ONLY=q4,offline for a piece, ROUNDS=, THREADS=, BUSY=warn)
 # make quality  how far packed weights move the next-token distribution, beside llama.cpp's on the same file
@@ -23,7 +24,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup serve test test-slow fuzz soak flood lint cuda kernels-full kernels-asan load bench policies peers quality guard readme chromium clean
+.PHONY: setup serve test test-slow fuzz soak flood guided lint cuda kernels-full kernels-asan load bench policies peers quality guard readme chromium clean
 
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -144,6 +145,9 @@ soak: setup
 
 flood: setup
 	$(PY) -m aserve.bench.soak --flood $(REQUESTS) --clients 64 --output build/soak/flood.json
+
+guided: setup
+	$(PY) -m aserve.bench.guided
 
 # What aserve is compared with has an environment of its own. llama.cpp is compiled for this very CPU.
 PEERS := openvino==2026.4.1 openvino-genai==2026.4.1.0 openvino-tokenizers==2026.4.1.0 numpy matplotlib

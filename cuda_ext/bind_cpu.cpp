@@ -143,6 +143,24 @@ void sample(const Tensor& logits, const Tensor& temperature, const Tensor& seeds
   check(op, aserve::sample(a));
 }
 
+void greedy_allowed(const Tensor& logits_, const Tensor& allowed_, const Tensor& token, const Tensor& logprob) {
+  const char* op = "greedy_allowed";
+  const View logits(op, "logits", logits_), allowed(op, "allowed", allowed_);
+  const auto drawn = drawn_args<aserve::LogprobArgs>(logits, {op, "token", token}, {op, "logprob", logprob});
+  logits.typed(aoti_torch_dtype_float32(), "float32");
+  aserve::AllowedArgs a = {};
+  a.rows = drawn.rows;
+  a.size = drawn.size;
+  a.words = (a.size + 31) / 32;
+  allowed.rank(2).size(0, a.rows).size(1, a.words).typed(aoti_torch_dtype_int32(), "int32").dense_from(0);
+  a.logits = static_cast<const float*>(logits.data);
+  a.allowed = static_cast<const uint32_t*>(allowed.data);
+  a.token = drawn.token;
+  a.logprob = drawn.logprob;
+  a.stride = drawn.stride;
+  table(op).greedy_allowed(a, threads());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(aserve, m) {
@@ -167,6 +185,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aserve, m) {
   m.def("gated(Tensor x, int activation, Tensor(a!) out) -> ()");
   m.def("copy_blocks(Tensor(a!)[] caches, Tensor pairs) -> ()");
   m.def("swap_blocks(Tensor[] sources, Tensor(a!)[] targets, Tensor pairs) -> ()");
+  m.def("greedy_allowed(Tensor logits, Tensor allowed, Tensor(a!) token, Tensor(b!) logprob) -> ()");
   m.def("greedy_logprob(Tensor logits, Tensor(a!) token, Tensor(b!) logprob) -> ()");
   m.def(
       "penalties(Tensor(a!) logits, Tensor starts, Tensor ids, Tensor counts, Tensor repetition, "
@@ -186,6 +205,7 @@ STABLE_TORCH_LIBRARY_IMPL(aserve, CPU, m) {
   m.impl("gated", TORCH_BOX(&gated));
   m.impl("copy_blocks", TORCH_BOX(&copy_blocks));
   m.impl("swap_blocks", TORCH_BOX(&swap_blocks));
+  m.impl("greedy_allowed", TORCH_BOX(&greedy_allowed));
   m.impl("greedy_logprob", TORCH_BOX(&greedy_logprob));
   m.impl("penalties", TORCH_BOX(&penalties));
   m.impl("sample", TORCH_BOX(&sample));

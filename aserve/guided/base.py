@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from aserve.messages.params import GuidedParams
 
@@ -97,6 +98,25 @@ class Matcher(ABC):
             The bit of the end-of-sequence token is left 0.
         Raises GrammarError if the backend's own limits are exceeded.
         """
+
+    @classmethod
+    def fill_all(cls, matchers: Sequence[Any], words: np.ndarray) -> list[bool | Exception]:
+        """:meth:`fill` for many matchers of this class, and rows of ``words`` (uint32 ``[M, ceil(V / 32)]``).
+
+        Returns for each whether it may end, or what it raised.
+        """
+        found: list[bool | Exception] = []
+        for matcher, row in zip(matchers, words, strict=True):
+            try:
+                found.append(matcher.fill(row))
+            except Exception as error:  # a backend's failure is its row's alone
+                found.append(error)
+        return found
+
+    def accepts(self, token_id: int) -> bool:
+        """Whether a token that is not an end of sequence may come next, if that can be told for much less
+        than :meth:`fill` costs; False where it cannot. Never raises."""
+        return False
 
     @abstractmethod
     def advance(self, token_id: int) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         copy_blocks,
         fused_add_rms_norm,
         gelu_and_mul,
+        greedy_allowed,
         greedy_logprob,
         paged_attention,
         penalties,
@@ -35,6 +36,7 @@ else:
     copy_blocks = _chosen.copy_blocks
     fused_add_rms_norm = _chosen.fused_add_rms_norm
     gelu_and_mul = _chosen.gelu_and_mul
+    greedy_allowed = _chosen.greedy_allowed
     greedy_logprob = _chosen.greedy_logprob
     paged_attention = _chosen.paged_attention
     penalties = _chosen.penalties
@@ -52,6 +54,7 @@ __all__ = [
     "copy_blocks",
     "fused_add_rms_norm",
     "gelu_and_mul",
+    "greedy_allowed",
     "greedy_logprob",
     "kernels",
     "paged_attention",

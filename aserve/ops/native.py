@@ -28,6 +28,7 @@ OPERATIONS = (
     "copy_blocks",
     "fused_add_rms_norm",
     "gelu_and_mul",
+    "greedy_allowed",
     "greedy_logprob",
     "paged_attention",
     "penalties",
@@ -54,6 +55,7 @@ _KERNELS = (
     "decoder_weight",
     "fused_add_rms_norm",
     "gated",
+    "greedy_allowed",
     "greedy_logprob",
     "pack_dense",
     "pack_gguf",
@@ -98,6 +100,7 @@ class _Library:
         self.decoder_weight = operations.decoder_weight.default
         self.fused_add_rms_norm = operations.fused_add_rms_norm.default
         self.gated = operations.gated.default
+        self.greedy_allowed = operations.greedy_allowed.default
         self.greedy_logprob = operations.greedy_logprob.default
         self.pack_dense = operations.pack_dense.default
         self.pack_gguf = operations.pack_gguf.default
@@ -395,6 +398,17 @@ def swap_blocks(source: list[KVCache], target: list[KVCache], pairs: list[tuple[
 
 def _reached(*tensors: torch.Tensor) -> bool:
     return all(each.is_cuda or each.is_pinned() for each in tensors)
+
+
+def greedy_allowed(logits: torch.Tensor, allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    kernels = _kernels(logits) if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
+    if kernels is None:
+        return reference.greedy_allowed(logits, allowed)
+    rows = logits.shape[0]
+    token = torch.empty(rows, dtype=torch.int64)
+    logprob = torch.empty(rows, dtype=torch.float32)
+    kernels.greedy_allowed(logits, allowed, token, logprob)
+    return token, logprob
 
 
 def greedy_logprob(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -314,6 +314,21 @@ def samples(logits: torch.Tensor) -> bool:
     return False
 
 
+_BITS = torch.arange(32, dtype=torch.int32)
+
+
+def greedy_allowed(logits: torch.Tensor, allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most likely of each row's allowed tokens, and its log-probability among them.
+
+    logits: float32 ``[B, V]``. allowed: int32 ``[B, ceil(V / 32)]``; token ``i`` counts if bit ``i % 32`` of
+    word ``i // 32`` is set, and the logits of the others are not looked at. Returns int64 ``[B]`` (the first
+    of equal ones) and float32 ``[B]``, not finite for a row that allows nothing.
+    """
+    bits = allowed.unsqueeze(-1) >> _BITS.to(allowed.device) & 1
+    counts = bits.bool().view(len(allowed), -1)[:, : logits.shape[1]]
+    return greedy_logprob(logits.masked_fill(~counts, float("-inf")))
+
+
 def greedy_logprob(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The most likely token of each row and its log-probability.
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+
+from aserve import ops
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,11 @@ class GuidedRows:
         self._device = device
         self._bounds = torch.from_numpy(_BOUNDS).to(device)
         self._guides: dict[int, _Guide] = {}
+
+    @property
+    def any(self) -> bool:
+        """Whether there may be a slot with a matcher."""
+        return bool(self._guides)
 
     def add(
         self, slot: int, grammar: Any, output: list[int], eos_token_id: int | None, stops: Iterable[int]
@@ -84,28 +92,7 @@ class GuidedRows:
 
         Returns the places whose matcher failed, with the reason; those rows are zeroed.
         """
-        words = np.zeros((len(places), self._num_words), dtype=np.uint32)
-        finishing: list[tuple[int, int]] = []
-        failed: dict[int, str] = {}
-        for i, slot in enumerate(slots):
-            guide = self._guides[slot]
-            row = words[i]
-            try:
-                if guide.broken is not None:
-                    raise RuntimeError(guide.broken)
-                if guide.ended:
-                    finishing.append((i, guide.ends[0]))
-                elif guide.matcher.fill(row):
-                    if row.any():
-                        for end in guide.ends:
-                            row[end >> 5] |= np.uint32(1 << (end & 31))
-                    else:
-                        finishing.append((i, guide.ends[0]))
-                elif not row.any():
-                    raise RuntimeError("its guide allows no token that this model has")
-            except Exception as error:
-                guide.broken = guide.broken or _reason(error)
-                failed[places[i]] = guide.broken
+        words, finishing, broken = self._allowed(slots)
         bounds = self._bounds_of(words)
         if places == list(range(logits.shape[0])):
             torch.minimum(logits, bounds, out=logits)
@@ -114,9 +101,93 @@ class GuidedRows:
             logits[where] = torch.minimum(logits[where], bounds)
         for i, end in finishing:
             logits[places[i], end] = 0.0
+        failed = {places[i]: reason for i, reason in broken.items()}
         for place in failed:
             logits[place] = 0.0
         return failed
+
+    def likeliest(
+        self, logits: torch.Tensor, slots: list[int], token_ids: torch.Tensor, logprobs: torch.Tensor
+    ) -> dict[int, str]:
+        """Replaces the likeliest tokens of the rows of ``logits`` (float32 ``[G, V]``), int64 ``[G]``, by the
+        likeliest that the grammars of ``slots`` allow, and their log-probabilities, float32 ``[G]``, which
+        stay those that the model itself gives.
+
+        A model that knows what it is to write mostly gives the token itself: then no mask is made. Returns
+        the rows whose matcher failed, with the reason.
+        """
+        ids = token_ids.tolist()
+        again = [i for i, token_id in enumerate(ids) if not self._accepts(slots[i], token_id)]
+        if not again:
+            return {}
+        # Rows that keep their token allow just that one: no row has to be moved, and theirs cost nothing.
+        words = np.zeros((len(slots), self._num_words), dtype=np.uint32)
+        for i, token_id in enumerate(ids):
+            words[i, token_id >> 5] = 1 << (token_id & 31)
+        words[again], finishing, failed = self._allowed([slots[i] for i in again])
+        for i in failed:
+            words[again[i], 0] = 1  # any token: what is drawn here is thrown away
+        for i, end in finishing:
+            words[again[i], end >> 5] = 1 << (end & 31)
+            if not math.isfinite(logits[again[i], end]):
+                logits[again[i], end] = 0.0
+        drawn, _ = ops.greedy_allowed(logits, torch.from_numpy(words.view(np.int32)).to(self._device))
+        rows = torch.arange(len(slots), device=logits.device)
+        logprobs += logits[rows, drawn] - logits[rows, token_ids]
+        token_ids.copy_(drawn)
+        return {again[i]: reason for i, reason in failed.items()}
+
+    def _accepts(self, slot: int, token_id: int) -> bool:
+        guide = self._guides[slot]
+        if guide.ended or guide.broken is not None or token_id in guide.ends:
+            return False
+        accepted: bool = guide.matcher.accepts(token_id)
+        return accepted
+
+    def _allowed(self, slots: list[int]) -> tuple[np.ndarray, list[tuple[int, int]], dict[int, str]]:
+        """What the grammars of ``slots`` allow next, uint32 ``[G, ceil(V / 32)]``; the rows whose output can
+        only end, with the token that ends it; and those whose matcher failed, with the reason. Those rows
+        allow nothing."""
+        words = np.zeros((len(slots), self._num_words), dtype=np.uint32)
+        finishing: list[tuple[int, int]] = []
+        failed: dict[int, str] = {}
+        guides = [self._guides[slot] for slot in slots]
+        for i, may_end in self._fill(guides, words):
+            guide, row = guides[i], words[i]
+            try:
+                if isinstance(may_end, Exception):
+                    raise may_end
+                if not row.any():
+                    if not may_end:
+                        raise RuntimeError("its guide allows no token that this model has")
+                    finishing.append((i, guide.ends[0]))
+                elif may_end:
+                    for end in guide.ends:
+                        row[end >> 5] |= np.uint32(1 << (end & 31))
+            except Exception as error:
+                guide.broken = guide.broken or _reason(error)
+                row[:] = 0
+        for i, guide in enumerate(guides):
+            if guide.broken is not None:
+                failed[i] = guide.broken
+            elif guide.ended:
+                finishing.append((i, guide.ends[0]))
+        return words, finishing, failed
+
+    def _fill(self, guides: list[_Guide], words: np.ndarray) -> Iterator[tuple[int, bool | Exception]]:
+        """Fills the rows of the guides that go on; the row of each and whether it may end, or an error."""
+        by_kind: dict[type, list[int]] = {}
+        for i, guide in enumerate(guides):
+            if guide.broken is None and not guide.ended:
+                by_kind.setdefault(type(guide.matcher), []).append(i)
+        for kind, rows in by_kind.items():
+            matchers: Any = kind
+            every = len(rows) == len(guides)
+            part = words if every else words[rows]
+            found = matchers.fill_all([guides[i].matcher for i in rows], part)
+            if not every:
+                words[rows] = part
+            yield from zip(rows, found, strict=True)
 
     def _bounds_of(self, words: np.ndarray) -> torch.Tensor:
         """float32 ``[G, V]``, +inf for tokens whose bits are set and -inf for the others.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import inspect
 import logging
 import math
@@ -32,8 +31,8 @@ _AT_ONCE = 1 << 18
 """Probabilities that a CPU adds up at a time when drawing: few enough to stay in its cache."""
 
 
-class _Needs(enum.IntFlag):
-    """What a slot's rows need besides an argmax."""
+class _Needs:
+    """What a slot's rows need besides an argmax. Plain numbers: a flag's arithmetic costs microseconds."""
 
     DRAW = 1
     TRUNCATION = 2
@@ -82,7 +81,8 @@ class SamplerState:
     The order of operations on a row: logit bias and logits processors, the mask of ``min_tokens``,
     repetition, frequency and presence penalties, temperature, top-k, top-p, min-p, softmax in float32,
     the draw. Tokens that a guide forbids are masked last before the temperature, so that nothing can
-    bring them back. Returned log-probabilities come from that softmax.
+    bring them back. Returned log-probabilities come from that softmax; those of a row that needs nothing but
+    the likeliest token its guide allows, and reports no others, are the model's own.
 
     A slot that reports candidates, for beam search, draws the likeliest. Its softmax comes first and is not
     made again, so that what bias, processors, ``min_tokens`` and penalties do to one token's log-probability
@@ -124,7 +124,7 @@ class SamplerState:
         grammar: what its output must match (:class:`aserve.guided.base.Grammar`), if anything.
         candidates: how many of the likeliest tokens are to be reported, of which :meth:`choose` names one.
         """
-        needs = _Needs.CANDIDATES | _Needs.LOGPROBS if candidates else _Needs(0)
+        needs = _Needs.CANDIDATES | _Needs.LOGPROBS if candidates else 0
         greedy = params.sampling_type in (SamplingType.GREEDY, SamplingType.BEAM)
         if not greedy:
             needs |= _Needs.DRAW
@@ -226,38 +226,35 @@ class SamplerState:
             logits = logits[torch.tensor(rows, device=logits.device)]
         # How a row is computed must depend on its own needs alone, or its last bits would depend on its
         # neighbours'.
-        plain = np.flatnonzero(needs == 0)
-        if len(plain) == len(slots):
-            sampled = _greedy(logits)
+        kinds = np.where(needs == 0, 0, np.where(needs == _Needs.GUIDED, 1, 2))
+        if ops.samples(logits):
+            kinds[(kinds == 2) & (needs & ~_IN_A_PASS == 0)] = 3
+        if kinds.min() == kinds.max():
+            sampled = self._draw_rows(kinds[0], logits, needs, slots, index)
         else:
-            sampled = self._by_needs(logits, needs, slots, index)
+            parts = []
+            for kind in np.unique(kinds).tolist():
+                among = np.flatnonzero(kinds == kind)
+                places = among.tolist()
+                chosen = [slots[i] for i in places]
+                part = logits[torch.from_numpy(among).to(logits.device)]
+                parts.append((places, self._draw_rows(kind, part, needs[among], chosen, index[among])))
+            sampled = _merge(len(slots), *parts)
         self._remember(needs, slots, index, sampled)
         return sampled
 
-    def _by_needs(
-        self, logits: torch.Tensor, needs: np.ndarray, slots: list[int], index: np.ndarray
+    def _draw_rows(
+        self, kind: int, logits: torch.Tensor, needs: np.ndarray, slots: list[int], index: np.ndarray
     ) -> Sampled:
-        """Every row in the way that its own needs ask for."""
-        plain = needs & ~_Needs.GUIDED == 0
-        # Nothing that a device's kernel for one pass over the logits cannot do.
-        passed = ~plain & (needs & ~_IN_A_PASS == 0)
-        if not ops.samples(logits):
-            passed[:] = False
-        ways = (
-            (plain, lambda logits, needs, slots, index: self._likeliest(logits, needs, slots)),
-            (passed, self._in_a_pass),
-            (~plain & ~passed, self._sample),
-        )
-        parts = []
-        for which, way in ways:
-            places = np.flatnonzero(which)
-            if len(places) == len(slots):
-                return way(logits, needs, slots, index)
-            if len(places) > 0:
-                part = logits[torch.from_numpy(places).to(logits.device)]
-                chosen = [slots[i] for i in places.tolist()]
-                parts.append((places.tolist(), way(part, needs[places], chosen, index[places])))
-        return _merge(len(slots), *parts)
+        """Rows of one kind: 0 needs the likeliest token, 1 the likeliest that its guide allows, 2 more, and 3
+        of that only what a device's kernel draws by itself."""
+        if kind == 0:
+            return _greedy(logits)
+        if kind == 1:
+            return self._of_guided(logits, slots, *ops.greedy_logprob(logits))
+        if kind == 3:
+            return self._in_a_pass(logits, needs, slots, index)
+        return self._sample(logits, needs, slots, index)
 
     def _in_a_pass(
         self, logits: torch.Tensor, needs: np.ndarray, slots: list[int], index: np.ndarray
@@ -282,17 +279,37 @@ class SamplerState:
                 failed.setdefault(int(odd[i]), reason)
         return sampled
 
-    def _likeliest(self, logits: torch.Tensor, needs: np.ndarray, slots: list[int]) -> Sampled:
-        """The likeliest tokens of rows that need nothing but, some of them, a mask."""
-        places = np.flatnonzero(needs).tolist()
-        failed = self._guided.apply(logits, places, [slots[i] for i in places]) if places else {}
-        sampled = _greedy(logits)
-        sampled.failed.update(failed)
+    def _of_guided(
+        self, logits: torch.Tensor, slots: list[int], token_ids: torch.Tensor, logprobs: torch.Tensor
+    ) -> Sampled:
+        """Rows that need the likeliest token their guide allows, from the likeliest of all ``[S]``."""
+        sampled = _checked(token_ids, logprobs, logits)
+        sampled.failed |= self._guided.likeliest(logits, slots, sampled.token_ids, sampled.logprobs)
+        # Where the logits of all that is allowed are -inf.
+        for i in torch.nonzero(~torch.isfinite(sampled.logprobs)).flatten().tolist():
+            sampled.failed.setdefault(i, _why_not_finite(_NONE))
+            sampled.logprobs[i] = 0.0
+        return sampled
+
+    def take_guided(
+        self, logits: torch.Tensor, slots: list[int], token_ids: list[int], logprobs: list[float]
+    ) -> Sampled:
+        """What :meth:`sample` gives for slots that need the likeliest token their guide allows, once the
+        likeliest of all are known, ``[S]``. logits: ``[S, V]``."""
+        index = np.array(slots)
+        sampled = self._of_guided(logits, slots, torch.tensor(token_ids), torch.tensor(logprobs))
+        self._remember(self._needs[index], slots, index, sampled)
         return sampled
 
     def only_likeliest(self, slots: list[int]) -> bool:
-        """Whether all these slots need is the likeliest token and its log-probability."""
-        return not self._needs[slots].any()
+        """Whether all these slots need is the likeliest token, of those its guide allows if it has one, and
+        its log-probability."""
+        needs = self._needs[slots]
+        return not needs.any() or not (needs & ~_Needs.GUIDED).any()
+
+    def guided(self, slots: list[int]) -> list[int]:
+        """The places of those among ``slots`` that have a guide."""
+        return np.flatnonzero(self._needs[slots] & _Needs.GUIDED).tolist() if self._guided.any else []
 
     def take_likeliest(
         self, slots: list[int], token_ids: list[int], logprobs: list[float], logits: torch.Tensor
@@ -430,9 +447,9 @@ class SamplerState:
         ).tolist()
         if not tracked:
             return
-        tokens = sampled.token_ids.tolist()
+        tokens, wanted = sampled.token_ids.tolist(), needs.tolist()
         for i in tracked:
-            if needs[i] & _Needs.GUIDED:
+            if wanted[i] & _Needs.GUIDED:
                 try:
                     self._guided.advance(slots[i], tokens[i])
                     reason = self._guided.broken(slots[i])
@@ -444,7 +461,7 @@ class SamplerState:
             row = self._rows[slots[i]]
             if row.processors:
                 row.output.append(tokens[i])
-            if needs[i] & _Needs.PENALTIES:
+            if wanted[i] & _Needs.PENALTIES:
                 try:
                     self._penalties.count(slots[i], tokens[i])
                 except Exception as error:  # the step is drawn: only this row can be taken back

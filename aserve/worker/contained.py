@@ -80,6 +80,33 @@ class ContainedRows:
                     sampled.failed.setdefault(i, self.broken[slot])
         return sampled
 
+    def take_likeliest(
+        self, slots: list[int], token_ids: list[int], logprobs: list[float], logits: torch.Tensor
+    ) -> tuple[dict[int, str], bool]:
+        """As :meth:`SamplerState.take_likeliest`, but rows with a guide, all of one step, draw again from
+        their logits. Also tells whether there were any: their ``token_ids`` may have changed.
+        """
+        guided = self.sampler.guided(slots)
+        if not guided:
+            return self.sampler.take_likeliest(slots, token_ids, logprobs, logits), False
+        failed: dict[int, str] = {}
+        plain = sorted(set(range(len(slots))).difference(guided))
+        if plain:
+            ids, own = [token_ids[i] for i in plain], [logprobs[i] for i in plain]
+            found = self.sampler.take_likeliest([slots[i] for i in plain], ids, own, logits[plain])
+            _put(plain, token_ids, ids, logprobs, own, failed, found)
+        part = logits[guided] if plain else logits
+        chosen = [slots[i] for i in guided]
+        ids, own = [token_ids[i] for i in guided], [logprobs[i] for i in guided]
+        try:
+            drawn = self.sampler.take_guided(part, chosen, ids, own)
+        except Exception as error:
+            logger.error("matching failed; every row is drawn by itself", exc_info=error)
+            drawn = self._one_by_one(part, list(range(len(chosen))), chosen)
+        ids, own = drawn.token_ids.tolist(), drawn.logprobs.tolist()
+        _put(guided, token_ids, ids, logprobs, own, failed, drawn.failed)
+        return failed, True
+
     def prompt_logprobs(
         self, logits: torch.Tensor, token_ids: torch.Tensor, slot: int
     ) -> list[SampleLogprobs]:
@@ -113,6 +140,21 @@ class ContainedRows:
     def _breaks(self, slot: int, what: str, error: Exception) -> None:
         logger.error("a request failed: %s", what, exc_info=error)
         self.broken[slot] = _reason(what, error)
+
+
+def _put(
+    places: list[int],
+    token_ids: list[int],
+    ids: list[int],
+    logprobs: list[float],
+    own: list[float],
+    failed: dict[int, str],
+    reasons: dict[int, str],
+) -> None:
+    """Writes what some rows drew to their places among all."""
+    for place, token_id, logprob in zip(places, ids, own, strict=True):
+        token_ids[place], logprobs[place] = token_id, logprob
+    failed.update((places[i], reason) for i, reason in reasons.items())
 
 
 def _reason(what: str, error: Exception) -> str:

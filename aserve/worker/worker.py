@@ -144,7 +144,8 @@ class Worker:
         )
 
     def _is_greedy(self, plan: StepPlan) -> bool:
-        """Whether every row computes one token and draws the likeliest next one, with nothing else asked.
+        """Whether every row computes one token and draws the likeliest next one, with nothing else asked but
+        a guide, whose mask comes after the native operation.
 
         Such a step is one native operation: while its weights stream through the caches everything else
         is driven out of them, and each Python call after that costs several times what it does when warm.
@@ -174,7 +175,9 @@ class Worker:
             number=plan.step_id,
         )
         token_ids, logprobs = run.token_ids[:steps].ravel().tolist(), run.logprobs[:steps].ravel().tolist()
-        failed = self.sampler.take_likeliest(plan.slots, token_ids, logprobs, run.logits)
+        failed, redrawn = self.rows.take_likeliest(plan.slots, token_ids, logprobs, run.logits)
+        if redrawn:
+            self.batch.store_drawn(plan, torch.tensor(token_ids))
         return StepResult(plan.step_id, token_ids, logprobs, failed=failed or None, steps=steps)
 
     def interrupt(self, step_id: int) -> None:

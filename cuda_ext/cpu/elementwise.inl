@@ -287,3 +287,52 @@ inline void gate_range(const float* gate, const float* up, float* out, int64_t c
   if (kind == Activation::gelu_tanh) gate_row<float, Activation::gelu_tanh>(gate, up, out, count);
   if (kind == Activation::gelu_erf) gate_row<float, Activation::gelu_erf>(gate, up, out, count);
 }
+
+// The logits from i on whose bits are set, -inf in the other lanes. `bits` begins at i; `left` logits are left.
+inline V allowed_logits(const float* x, unsigned bits, int64_t left) {
+  const V lowest = set1(-__builtin_inff());
+  if (left >= W) return select(bit_lanes(bits), load(x), lowest);
+  return select(bit_lanes(bits & ((1u << left) - 1)), load(x, static_cast<int>(left)), lowest);
+}
+
+void greedy_allowed(const AllowedArgs& a, const Threads& threads) {
+  constexpr unsigned kLanes = W == 32 ? ~0u : (1u << W) - 1;
+  over_rows(threads, a.rows, 4 * a.size, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const float* x = a.logits + row * a.stride;
+      const uint32_t* words = a.allowed + row * a.words;
+      V greatest = set1(-__builtin_inff());
+      for (int64_t word = 0; word < a.words; word++) {
+        if (words[word] == 0) continue;
+        const int64_t end = minimum(a.size, 32 * word + 32);
+        for (int64_t i = 32 * word; i < end; i += W) {
+          const unsigned bits = words[word] >> (i % 32) & kLanes;
+          if (bits != 0) greatest = max(greatest, allowed_logits(x + i, bits, a.size - i));
+        }
+      }
+      const V top = set1(hmax(greatest));
+      V sum = zero();
+      int64_t token = -1;
+      for (int64_t start = 0; start < a.words; start += 2 * W) {
+        V part = zero();  // a sum of sums, as above
+        for (int64_t word = start; word < minimum(a.words, start + 2 * W); word++) {
+          if (words[word] == 0) continue;
+          const int64_t end = minimum(a.size, 32 * word + 32);
+          for (int64_t i = 32 * word; i < end; i += W) {
+            const unsigned bits = words[word] >> (i % 32) & kLanes;
+            if (bits == 0) continue;
+            const V v = allowed_logits(x + i, bits, a.size - i);
+            if (token < 0) {
+              const unsigned hits = equal_bits(v, top) & bits;
+              if (hits != 0) token = i + __builtin_ctz(hits);
+            }
+            part = add(part, exp(sub(v, top)));
+          }
+        }
+        sum = add(sum, part);
+      }
+      a.token[row] = token < 0 ? 0 : token;
+      a.logprob[row] = -__builtin_logf(hsum(sum));
+    }
+  });
+}

@@ -40,7 +40,7 @@ namespace {
 #include "decoder.inl"
 
 constexpr Kernels table = {"avx512", norm, rotary, store_kv, attention, gated, greedy_logprob,
-                           linear_kernels, packed_linear, packed_rows, decoder};
+                           greedy_allowed, linear_kernels, packed_linear, packed_rows, decoder};
 
 }  // namespace
 

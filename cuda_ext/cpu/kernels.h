@@ -100,6 +100,14 @@ struct LogprobArgs {
   DType dtype;
 };
 
+struct AllowedArgs {
+  const float* logits;      // [rows, size]
+  const uint32_t* allowed;  // [rows, words]: logit i counts if bit i % 32 of word i / 32 is set
+  int64_t* token;           // [rows]: first index of the greatest logit that counts
+  float* logprob;           // [rows]: its log-probability among those; not finite where none counts
+  int64_t rows, size, stride, words;
+};
+
 struct LinearArgs {
   PackedWeight weight;
   const void* x;  // rows of weight.columns
@@ -138,6 +146,7 @@ struct Kernels {
   Status (*attention)(const AttentionArgs&, const Threads&);
   void (*gated)(const GatedArgs&, Activation, const Threads&);
   void (*greedy_logprob)(const LogprobArgs&, const Threads&);
+  void (*greedy_allowed)(const AllowedArgs&, const Threads&);
   LinearKernels linear;
   Status (*packed_linear)(const LinearArgs&, const Threads&);
   Status (*packed_rows)(const RowsArgs&, const Threads&);

@@ -45,6 +45,11 @@ inline __m256i lane_words(int first, int last) {
                              _mm256_cmpgt_epi32(_mm256_set1_epi32(last), i));
 }
 inline Mask lanes(int first, int last) { return _mm256_castsi256_ps(lane_words(first, last)); }
+// The lanes whose bits are set.
+inline Mask bit_lanes(unsigned bits) {
+  const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), each), each));
+}
 inline V select(Mask m, V yes, V no) { return _mm256_blendv_ps(no, yes, m); }
 inline Mask below(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 inline unsigned equal_bits(V a, V b) {

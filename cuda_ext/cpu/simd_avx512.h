@@ -34,6 +34,8 @@ inline Mask lanes(int first, int last) {
   const unsigned below_first = first >= 16 ? 0xffffu : first <= 0 ? 0u : (1u << first) - 1;
   return static_cast<Mask>(below_last & ~below_first);
 }
+// The lanes whose bits are set.
+inline Mask bit_lanes(unsigned bits) { return static_cast<Mask>(bits); }
 inline V select(Mask m, V yes, V no) { return _mm512_mask_blend_ps(m, no, yes); }
 inline Mask below(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline unsigned equal_bits(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }

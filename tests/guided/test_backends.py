@@ -183,6 +183,34 @@ def test_a_matcher_refuses_other_tokens_and_its_copy_is_apart(
         matcher.copy().advance(ids[b"x"])
 
 
+def test_many_masks_at_once_are_those_made_one_by_one(backend: Backend, vocabulary: Vocabulary) -> None:
+    """Also of an output that is over, and of one whose matcher has failed; ``accepts`` never says more."""
+    grammar = compiled(backend, "regex", "[a-c]{2}|x")
+    ids = [vocabulary.ids[text] for text in (b"a", b"b", b"x", b"d")]
+    seen: list[list[int]] = [[], [ids[0]], [ids[0], ids[1]], [ids[2]], [], [ids[1]]]
+    matchers = [grammar.matcher() for _ in seen]
+    for matcher, tokens in zip(matchers, seen, strict=True):
+        for token in tokens:
+            matcher.advance(token)
+    with pytest.raises(GrammarError):
+        matchers[4].advance(ids[3])
+    words = np.full((len(seen), -(-len(vocabulary.tokens) // 32)), 7, dtype=np.uint32)
+    found = type(matchers[0]).fill_all(matchers, words)
+    for i, matcher in enumerate(matchers):
+        alone = np.full_like(words[i], 9)
+        try:
+            may_end = matcher.fill(alone)
+        except GrammarError as error:
+            assert isinstance(found[i], GrammarError) and str(found[i]) == str(error)
+            assert not matcher.accepts(ids[0])
+            continue
+        assert found[i] is may_end
+        assert (words[i] == alone).all()
+        for token in ids:
+            allowed = bool(alone[token >> 5] >> np.uint32(token & 31) & np.uint32(1))
+            assert matcher.accepts(token) in ({allowed} if backend.name == "llguidance" else {False})
+
+
 def test_recursive_schema_without_end_is_refused(backend: Backend) -> None:
     if backend.name == "llguidance":
         pytest.skip("it writes such values for ever; max_tokens ends them")

@@ -227,6 +227,38 @@ def test_greedy_logprob_shows_nan(implementation: ModuleType) -> None:
     assert implementation.greedy_logprob(logits)[1].isnan().all()
 
 
+@pytest.mark.parametrize("size", [1, 5, 16, 31, 33, 515, 49152 + 3])
+def test_greedy_allowed(implementation: ModuleType, size: int) -> None:
+    logits = (torch.randn(5, 2 * size) * 3)[:, :size]
+    logits[1] = 2.0
+    counts = torch.rand(5, size) < torch.tensor([[0.5], [0.1], [0.01], [1.0], [0.0]])
+    counts[:4, size // 2] = True
+    logits[3, : size // 2] = -math.inf
+    logits[0, ~counts[0]] = math.nan  # not looked at
+    words = torch.zeros(5, -(-size // 32) * 32, dtype=torch.int64)
+    words[:, :size] = counts
+    words = (words.view(5, -1, 32) << torch.arange(32)).sum(-1).to(torch.int32)
+    token, logprob = implementation.greedy_allowed(logits, words)
+    wide = logits.double().masked_fill(~counts, -math.inf)
+    top = wide.amax(-1, keepdim=True)
+    want = [row.index(True) for row in (wide == top).tolist()]
+    assert token.dtype == torch.int64 and token[:4].tolist() == want[:4]
+    tolerance = 2e-5 if implementation is reference else 2e-6
+    exact = wide.log_softmax(-1).gather(1, token[:, None])[:, 0]
+    torch.testing.assert_close(logprob[:4].double(), exact[:4], atol=tolerance, rtol=tolerance)
+    assert not logprob[4].isfinite()
+    for row in range(5):
+        alone = implementation.greedy_allowed(logits[row : row + 1], words[row : row + 1])
+        assert alone[0][0] == token[row] and (alone[1][0] == logprob[row] or row == 4)
+
+
+def test_greedy_allowed_shows_nan(implementation: ModuleType) -> None:
+    logits, words = torch.zeros(1, 40), torch.tensor([[1 << 20, 1]], dtype=torch.int32)
+    assert implementation.greedy_allowed(logits, words)[1].isfinite().all()
+    logits[0, 20] = math.nan
+    assert implementation.greedy_allowed(logits, words)[1].isnan().all()
+
+
 def test_rows_do_not_depend_on_their_batch(loaded: ModuleType) -> None:
     torch.manual_seed(1)
     x, residual, weight = torch.randn(300, 576), torch.randn(300, 576), torch.randn(576)

@@ -218,6 +218,12 @@ def arguments() -> dict[str, tuple[Any, ...]]:
             *(torch.ones(2), torch.ones(2), torch.ones(2)),
         ),
         "sample": (x, torch.ones(2), slots, slots, slots.clone(), torch.zeros(2)),
+        "greedy_allowed": (
+            x,
+            torch.ones(2, 1, dtype=int32),
+            torch.zeros(2, dtype=torch.int64),
+            torch.zeros(2),
+        ),
         "greedy_logprob": (x, torch.zeros(2, dtype=torch.int64), torch.zeros(2)),
     }
 

@@ -79,7 +79,7 @@ def test_the_likeliest_of_what_is_allowed_with_its_own_logprob() -> None:
     allowed = [2, 40, 74]
     given = logits(1)
     sampled = state_of((GREEDY, Some(allowed, 100))).sample(given.clone(), [0], [0])
-    wanted = given[0, allowed].log_softmax(-1)
+    wanted = given[0].log_softmax(-1)[allowed]
     assert int(sampled.token_ids[0]) == allowed[int(wanted.argmax())]
     assert float(sampled.logprobs[0]) == pytest.approx(float(wanted.max()), abs=1e-5)
 
@@ -93,6 +93,57 @@ def test_plain_rows_are_untouched_bit_for_bit() -> None:
         alone = state_of(*rows).sample(given[slot : slot + 1].clone(), [0], [slot])
         assert int(alone.token_ids[0]) == int(mixed.token_ids[slot])
         assert float(alone.logprobs[0]) == float(mixed.logprobs[slot])
+
+
+class _Telling(_SomeMatcher):
+    """Knows without a mask, and says how often it made one."""
+
+    masks = 0
+
+    def fill(self, words: np.ndarray) -> bool:
+        _Telling.masks += 1
+        return super().fill(words)
+
+    def accepts(self, token_id: int) -> bool:
+        return token_id in self.grammar.allowed
+
+
+class _Told(Some):
+    def matcher(self) -> Matcher:
+        return _Telling(self, [])
+
+
+def test_likeliest_tokens_known_beforehand_are_only_replaced_where_they_must_be() -> None:
+    """With the same bits as if they had not been known, and a mask for nobody whose token may stay."""
+    allowed = [2, 40, 74]
+    given = logits(4)
+    given[0, 40], given[2, 74], given[3, EOS] = 50.0, 50.0, 50.0
+    for kind, masks in ((Some, None), (_Told, 2)):
+        rows = [(GREEDY, kind(allowed, 100)) for _ in range(4)]
+        expected = state_of(*rows).sample(given.clone(), [0, 1, 2, 3], [0, 1, 2, 3])
+        _Telling.masks = 0
+        state = ContainedRows(state_of(*rows))
+        ids, logprobs = given.argmax(-1).tolist(), given.log_softmax(-1).amax(-1).tolist()
+        known = [float(each) for each in state_of(*[(GREEDY, None)] * 4).sample(
+            given.clone(), [0, 1, 2, 3], [0, 1, 2, 3]).logprobs]  # fmt: skip
+        assert known == pytest.approx(logprobs, abs=1e-4)
+        failed, redrawn = state.take_likeliest([0, 1, 2, 3], ids, known, given.clone())
+        assert redrawn and not failed
+        assert ids == expected.token_ids.tolist() and known == expected.logprobs.tolist()
+        assert ids[0] == 40 and ids[2] == 74
+        assert masks is None or _Telling.masks == masks
+        assert state.sampler._guided._guides[1].matcher.seen == [ids[1]]
+
+
+def test_of_rows_known_beforehand_one_may_fail() -> None:
+    rows = [(GREEDY, None), (GREEDY, Some([], 100)), (GREEDY, Some([2], 100))]
+    state = ContainedRows(state_of(*rows))
+    given = logits(3)
+    ids, logprobs = given.argmax(-1).tolist(), given.log_softmax(-1).amax(-1).tolist()
+    first = ids[0], logprobs[0]
+    failed, _ = state.take_likeliest([0, 1, 2], ids, logprobs, given)
+    assert list(failed) == [1] and "allows no token" in failed[1]
+    assert (ids[0], logprobs[0]) == first and ids[2] == 2
 
 
 def test_the_end_comes_where_it_may_and_the_end_of_a_turn_with_it() -> None:
