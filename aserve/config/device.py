@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from aserve.errors import ConfigError, UnsupportedError
@@ -27,9 +28,7 @@ def resolve_device_config(args: EngineArgs) -> DeviceConfig:
     if device not in DEVICES:
         raise ConfigError(f"device must be one of {', '.join(DEVICES)}, got {device!r}", param="device")
     if device == "neuron":
-        raise UnsupportedError(
-            "device 'neuron' is not built in this release; use 'cpu' or 'cuda'", param="device"
-        )
+        raise UnsupportedError(_about_neuron(), param="device")
     if device == "cpu":
         return DeviceConfig("cpu")
 
@@ -43,3 +42,12 @@ def resolve_device_config(args: EngineArgs) -> DeviceConfig:
             "device 'cuda' needs a CUDA device, and torch finds none here; use 'cpu'", param="device"
         )
     return DeviceConfig("cpu")
+
+
+def _about_neuron() -> str:
+    if find_spec("torch_neuronx") is None:
+        return "device 'neuron' needs the package torch_neuronx, which is not here; use 'cpu' or 'cuda'"
+    return (
+        "device 'neuron': torch_neuronx is installed, but this release has no paged KV cache and no "
+        "attention for Neuron cores, so no request could be served; use 'cpu' or 'cuda'"
+    )

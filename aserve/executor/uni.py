@@ -14,7 +14,7 @@ from aserve.executor.base import ExecutorBase
 from aserve.messages.step import CacheCapacity, StepPlan, StepResult
 
 if TYPE_CHECKING:
-    from aserve.worker.worker import Handle, Worker
+    from aserve.worker.runner import Handle, Runner
 
 _Job = tuple[Callable[[], Any], Future[Any]]
 
@@ -34,7 +34,7 @@ class UniExecutor(ExecutorBase):
         super().__init__(config)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._waits: queue.SimpleQueue[tuple[Handle, Future[StepResult]] | None] = queue.SimpleQueue()
-        self._worker: Worker | None = None
+        self._worker: Runner | None = None
         self._closed = False
         self._threads = [
             threading.Thread(target=_run_jobs, args=(self._jobs,), name="aserve-launch", daemon=True),
@@ -45,9 +45,9 @@ class UniExecutor(ExecutorBase):
 
     def start(self) -> Future[CacheCapacity]:
         def build() -> CacheCapacity:
-            from aserve.worker.worker import Worker
+            from aserve.worker.worker import make_runner
 
-            self._worker = Worker(self.config)
+            self._worker = make_runner(self.config)
             return self._worker.start()
 
         future: Future[CacheCapacity] = Future()

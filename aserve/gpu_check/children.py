@@ -175,6 +175,9 @@ class _NoDevice:
     def describe(self) -> dict[str, Any]:
         return {}
 
+    def properties(self) -> dict[str, Any]:
+        return {}
+
     def wait(self) -> None:
         pass
 

@@ -28,6 +28,10 @@ class Machine(Protocol):
         """What every result is obtained on: device, capability, date, sources."""
         ...
 
+    def properties(self) -> dict[str, Any]:
+        """The device's size."""
+        ...
+
     def wait(self) -> None:
         """Until everything launched has ended. RuntimeError: a launch failed."""
         ...
@@ -37,7 +41,7 @@ class Machine(Protocol):
         ...
 
     def seconds(self, call: Call) -> float:
-        """How long the device takes for the call."""
+        """How long the device takes for the call, whose launch nothing on the host may delay."""
         ...
 
 
@@ -48,36 +52,47 @@ class Gpu:
     device = "cuda"
 
     def __init__(self) -> None:
-        if not torch.cuda.is_available():
+        if not _cuda.is_available():
             raise UnsupportedError("gpu-check needs a CUDA device, and torch finds none here; use --dry-run")
         self._entry = probe.cuda_library()
         self.ops = probe.operations()
-        self.l2 = int(torch.cuda.get_device_properties(0).L2_cache_size)
+        self.l2 = int(_cuda.get_device_properties(0).L2_cache_size)
+        self._flood = torch.empty(8 * self.l2, dtype=torch.uint8, device=self.device)
 
     def describe(self) -> dict[str, Any]:
         return {
-            "device": torch.cuda.get_device_name(),
-            "capability": list(torch.cuda.get_device_capability()),
+            "device": str(_cuda.get_device_name()),
+            "capability": list(_cuda.get_device_capability()),
             "date": datetime.date.today().isoformat(),
             "sources": self._entry["sources"],
         }
 
+    def properties(self) -> dict[str, Any]:
+        found = _cuda.get_device_properties(0)
+        return {
+            "memory_bytes": int(found.total_memory),
+            "multiprocessors": int(found.multi_processor_count),
+            "l2_bytes": int(found.L2_cache_size),
+        }
+
     def wait(self) -> None:
-        torch.cuda.synchronize()
+        _cuda.synchronize()
 
     def capture(self, call: Call) -> Call:
         stream = _cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        stream.wait_stream(_cuda.current_stream())
+        with _cuda.stream(stream):
             call()  # whatever is set up at first use must not be captured
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        _cuda.current_stream().wait_stream(stream)
+        graph = _cuda.CUDAGraph()
+        with _cuda.graph(graph):
             call()
         replay: Call = graph.replay
         return replay
 
     def seconds(self, call: Call) -> float:
+        # The device is kept busy while the host queues the call, and its caches lose what they held.
+        self._flood.zero_()
         first, last = _cuda.Event(enable_timing=True), _cuda.Event(enable_timing=True)
         first.record()
         call()
@@ -107,6 +122,9 @@ class Emulation:
             "date": datetime.date.today().isoformat(),
             "sources": self._sources,
         }
+
+    def properties(self) -> dict[str, Any]:
+        return {}
 
     def wait(self) -> None:
         pass

@@ -64,12 +64,16 @@ def _timings(rows: list[Row]) -> Iterator[str]:
         yield "timings: us, T/s of bytes (B) or flops (F), share of ceiling, times expected, library's us"
     for row in found:
         peers = [each["microseconds"] for each in row["peers"].values() if "microseconds" in each]
-        goal = {True: " goal met", False: " GOAL MISSED"}.get(row.get("goal_met", ""), "")
+        goal = _goal(row)
         unit = "B" if row["bound"] == "bytes" else "F"
         lib = f" lib {min(peers):.1f}" if peers else ""
         rate = f"{row['rate'] / 1e12:.2f}{unit} {_share(row['share_of_ceiling'])}"
         times = f"x{row['ratio_to_expected']:.2f}{lib}{goal}"
         yield f"  {_short(row['name'])}: {row['microseconds']:.1f} us {rate} {times}"
+
+
+def _goal(row: Row) -> str:
+    return {True: " goal met", False: " GOAL MISSED"}.get(row.get("goal_met", ""), "")
 
 
 def _short(name: str) -> str:
@@ -94,7 +98,7 @@ def _end_to_end(rows: list[Row]) -> Iterator[str]:
         if "tpot_ms" in row:
             parts.append(f"{row['tpot_ms']:g} ms TPOT")
         if row.get("share_of_ceiling") is not None:
-            parts.append(f"{_share(row['share_of_ceiling'])} of the copy rate")
+            parts.append(f"{_share(row['share_of_ceiling'])} of the copy rate{_goal(row)}")
         yield " ".join(parts)
 
 

@@ -451,6 +451,8 @@ def sample(
     return token, logprob
 
 
-def samples(logits: torch.Tensor) -> bool:
-    """Whether :func:`sample` is one pass of a device's kernel over these logits."""
-    return logits.is_cuda and _kernels(logits, "sample") is not None
+def samples(device: torch.device) -> bool:
+    """Whether :func:`sample` is one pass of that device's kernel over float32 logits."""
+    if device.type != "cuda" or _library is None:
+        return False
+    return cuda.serves("sample", torch.float32, None, device.index or 0)

@@ -309,8 +309,8 @@ def _scramble(z: torch.Tensor) -> torch.Tensor:
     return z ^ _shifted(z, 31)
 
 
-def samples(logits: torch.Tensor) -> bool:
-    """Whether :func:`sample` is one pass of a device's kernel over these logits."""
+def samples(device: torch.device) -> bool:
+    """Whether :func:`sample` is one pass of that device's kernel over float32 logits."""
     return False
 
 

@@ -31,7 +31,7 @@ _AT_ONCE = 1 << 18
 """Probabilities that a CPU adds up at a time when drawing: few enough to stay in its cache."""
 
 
-class _Needs:
+class Needs:
     """What a slot's rows need besides an argmax. Plain numbers: a flag's arithmetic costs microseconds."""
 
     DRAW = 1
@@ -44,7 +44,7 @@ class _Needs:
     CANDIDATES = 128
 
 
-_IN_A_PASS = _Needs.DRAW | _Needs.PENALTIES | _Needs.PROCESSORS | _Needs.MIN_TOKENS | _Needs.GUIDED
+_IN_A_PASS = Needs.DRAW | Needs.PENALTIES | Needs.PROCESSORS | Needs.MIN_TOKENS | Needs.GUIDED
 """What rows may need that a device's kernel draws for in one pass over their logits."""
 
 
@@ -69,7 +69,7 @@ class _Row:
     prompt: list[int]
     output: list[int]
     processors: list[tuple[LogitsProcessor, bool]]
-    banned: torch.Tensor | None
+    banned: list[int] | None
     """Tokens that may not be drawn before ``min_tokens``."""
     top: int
     """How many of the likeliest tokens are listed with a drawn one."""
@@ -95,14 +95,14 @@ class SamplerState:
         self._rows: dict[int, _Row] = {}
         self._penalties = PenaltyRows()
         self._guided = GuidedRows(vocab_size, device)
-        self._needs = np.zeros(num_slots, dtype=np.int64)
-        self._temperature = np.ones(num_slots, dtype=np.float32)
-        self._top_k = np.full(num_slots, vocab_size, dtype=np.int64)
-        self._top_p = np.ones(num_slots, dtype=np.float64)
-        self._min_p = np.zeros(num_slots, dtype=np.float64)
-        self._min_tokens = np.zeros(num_slots, dtype=np.int64)
-        self._num_output = np.zeros(num_slots, dtype=np.int64)
-        self._seeds = np.zeros(num_slots, dtype=np.uint64)
+        self.needs = np.zeros(num_slots, dtype=np.int64)
+        self.temperature = np.ones(num_slots, dtype=np.float32)
+        self.top_k = np.full(num_slots, vocab_size, dtype=np.int64)
+        self.top_p = np.ones(num_slots, dtype=np.float64)
+        self.min_p = np.zeros(num_slots, dtype=np.float64)
+        self.min_tokens = np.zeros(num_slots, dtype=np.int64)
+        self.num_output = np.zeros(num_slots, dtype=np.int64)
+        self.seeds = np.zeros(num_slots, dtype=np.uint64)
         self.ends = np.full(num_slots, -1, dtype=np.int64)
         """The token after which each slot's sequence ends, -1 for none."""
 
@@ -124,37 +124,37 @@ class SamplerState:
         grammar: what its output must match (:class:`aserve.guided.base.Grammar`), if anything.
         candidates: how many of the likeliest tokens are to be reported, of which :meth:`choose` names one.
         """
-        needs = _Needs.CANDIDATES | _Needs.LOGPROBS if candidates else 0
+        needs = Needs.CANDIDATES | Needs.LOGPROBS if candidates else 0
         greedy = params.sampling_type in (SamplingType.GREEDY, SamplingType.BEAM)
         if not greedy:
-            needs |= _Needs.DRAW
+            needs |= Needs.DRAW
         top_k = self.vocab_size if params.top_k < 0 else min(params.top_k, self.vocab_size)
         if top_k < self.vocab_size or params.top_p < 1.0 or params.min_p > 0.0:
-            needs |= _Needs.TRUNCATION
+            needs |= Needs.TRUNCATION
         penalised = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (
             1,
             0,
             0,
         )
         if penalised:
-            needs |= _Needs.PENALTIES
+            needs |= Needs.PENALTIES
             self._penalties.add(slot, params, prompt_token_ids, output_token_ids)
         else:
             self._penalties.drop(slot)
         processors = [(each, _takes_prompt(each)) for each in params.logits_processors or ()]
         if processors or params.logit_bias:
-            needs |= _Needs.PROCESSORS
+            needs |= Needs.PROCESSORS
         banned = None
         if params.min_tokens:
             ids = {*(params.stop_token_ids or ()), eos_token_id} - {None}
             usable = sorted(i for i in ids if i is not None and 0 <= i < self.vocab_size)
             if usable:
-                needs |= _Needs.MIN_TOKENS
-                banned = torch.tensor(usable, device=self.device)
+                needs |= Needs.MIN_TOKENS
+                banned = usable
         if params.logprobs is not None:
-            needs |= _Needs.LOGPROBS
+            needs |= Needs.LOGPROBS
         if grammar is not None:
-            needs |= _Needs.GUIDED
+            needs |= Needs.GUIDED
         self._guided.add(slot, grammar, output_token_ids, eos_token_id, params.stop_token_ids or ())
         self._rows[slot] = _Row(
             params,
@@ -164,14 +164,14 @@ class SamplerState:
             banned,
             max(params.logprobs or 0, candidates),
         )
-        self._needs[slot] = needs
-        self._temperature[slot] = 1.0 if greedy else min(params.temperature, _HOTTEST)
-        self._top_k[slot] = top_k
-        self._top_p[slot] = params.top_p
-        self._min_p[slot] = params.min_p
-        self._min_tokens[slot] = params.min_tokens
-        self._num_output[slot] = len(output_token_ids)
-        self._seeds[slot] = rng_seed & _MASK64
+        self.needs[slot] = needs
+        self.temperature[slot] = 1.0 if greedy else min(params.temperature, _HOTTEST)
+        self.top_k[slot] = top_k
+        self.top_p[slot] = params.top_p
+        self.min_p[slot] = params.min_p
+        self.min_tokens[slot] = params.min_tokens
+        self.num_output[slot] = len(output_token_ids)
+        self.seeds[slot] = rng_seed & _MASK64
         self.ends[slot] = -1 if params.ignore_eos or eos_token_id is None else eos_token_id
 
     def fork(self, slot: int, parent_slot: int, rng_seed: int) -> None:
@@ -188,27 +188,27 @@ class SamplerState:
         self._penalties.fork(slot, parent_slot)
         self._guided.fork(slot, parent_slot)
         for column in (
-            self._needs,
-            self._temperature,
-            self._top_k,
-            self._top_p,
-            self._min_p,
-            self._min_tokens,
-            self._num_output,
+            self.needs,
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            self.min_tokens,
+            self.num_output,
             self.ends,
         ):
             column[slot] = column[parent_slot]
-        self._seeds[slot] = rng_seed & _MASK64
+        self.seeds[slot] = rng_seed & _MASK64
 
     def choose(self, slot: int, position: int, token_id: int) -> None:
         """Names the token that a slot goes on with after it has reported candidates, and its place among
         the tokens of prompt and output."""
         row = self._rows[slot]
         # Not one more: it may have been given the slot anew since it reported, or forked from one that was.
-        self._num_output[slot] = position + 1 - len(row.prompt)
+        self.num_output[slot] = position + 1 - len(row.prompt)
         if row.processors:
             row.output.append(token_id)
-        if self._needs[slot] & _Needs.PENALTIES:
+        if self.needs[slot] & Needs.PENALTIES:
             self._penalties.count(slot, token_id)
 
     # ---------------------------------------------------------------- drawing
@@ -221,13 +221,13 @@ class SamplerState:
         ``failed`` and does not affect the others.
         """
         index = np.array(slots)
-        needs = self._needs[index]
+        needs = self.needs[index]
         if rows != list(range(logits.shape[0])):
             logits = logits[torch.tensor(rows, device=logits.device)]
         # How a row is computed must depend on its own needs alone, or its last bits would depend on its
         # neighbours'.
-        kinds = np.where(needs == 0, 0, np.where(needs == _Needs.GUIDED, 1, 2))
-        if ops.samples(logits):
+        kinds = np.where(needs == 0, 0, np.where(needs == Needs.GUIDED, 1, 2))
+        if ops.samples(logits.device):
             kinds[(kinds == 2) & (needs & ~_IN_A_PASS == 0)] = 3
         if kinds.min() == kinds.max():
             sampled = self._draw_rows(kinds[0], logits, needs, slots, index)
@@ -262,8 +262,8 @@ class SamplerState:
         """Rows drawn by a device's kernel; those it finds no token for are drawn by :meth:`_sample`."""
         failed: dict[int, str] = {}
         self._edit(logits, needs, slots, failed)
-        drawn = np.where(needs & _Needs.DRAW, self._temperature[index], np.float32(0))
-        columns = (drawn, self._seeds[index].view(np.int64), self._num_output[index])
+        drawn = np.where(needs & Needs.DRAW, self.temperature[index], np.float32(0))
+        columns = (drawn, self.seeds[index].view(np.int64), self.num_output[index])
         token_ids, logprobs = ops.sample(
             logits, *(torch.from_numpy(each).to(logits.device) for each in columns)
         )
@@ -272,7 +272,7 @@ class SamplerState:
         if not bool(finite.all()):
             places = torch.nonzero(~finite).flatten()
             odd = places.cpu().numpy()
-            only_drawn = needs[odd] & _Needs.DRAW
+            only_drawn = needs[odd] & Needs.DRAW
             again = self._sample(logits[places], only_drawn, [slots[i] for i in odd.tolist()], index[odd])
             token_ids[places], logprobs[places] = again.token_ids, again.logprobs
             for i, reason in again.failed.items():
@@ -287,7 +287,7 @@ class SamplerState:
         sampled.failed |= self._guided.likeliest(logits, slots, sampled.token_ids, sampled.logprobs)
         # Where the logits of all that is allowed are -inf.
         for i in torch.nonzero(~torch.isfinite(sampled.logprobs)).flatten().tolist():
-            sampled.failed.setdefault(i, _why_not_finite(_NONE))
+            sampled.failed.setdefault(i, why_not_finite(_NONE))
             sampled.logprobs[i] = 0.0
         return sampled
 
@@ -298,18 +298,26 @@ class SamplerState:
         likeliest of all are known, ``[S]``. logits: ``[S, V]``."""
         index = np.array(slots)
         sampled = self._of_guided(logits, slots, torch.tensor(token_ids), torch.tensor(logprobs))
-        self._remember(self._needs[index], slots, index, sampled)
+        self._remember(self.needs[index], slots, index, sampled)
         return sampled
+
+    def banned(self, slot: int) -> list[int]:
+        """Tokens that the slot may not draw before ``min_tokens``."""
+        return self._rows[slot].banned or []
+
+    def top(self, slot: int) -> int:
+        """How many of the likeliest tokens are listed with one that the slot draws."""
+        return self._rows[slot].top
 
     def only_likeliest(self, slots: list[int]) -> bool:
         """Whether all these slots need is the likeliest token, of those its guide allows if it has one, and
         its log-probability."""
-        needs = self._needs[slots]
-        return not needs.any() or not (needs & ~_Needs.GUIDED).any()
+        needs = self.needs[slots]
+        return not needs.any() or not (needs & ~Needs.GUIDED).any()
 
     def guided(self, slots: list[int]) -> list[int]:
         """The places of those among ``slots`` that have a guide."""
-        return np.flatnonzero(self._needs[slots] & _Needs.GUIDED).tolist() if self._guided.any else []
+        return np.flatnonzero(self.needs[slots] & Needs.GUIDED).tolist() if self._guided.any else []
 
     def take_likeliest(
         self, slots: list[int], token_ids: list[int], logprobs: list[float], logits: torch.Tensor
@@ -320,7 +328,7 @@ class SamplerState:
         logits: ``[S, V]``, of the last step, looked at for rows whose log-probability is not finite. Those
         are returned with the reason, and their entries replaced.
         """
-        self._num_output[slots] += len(token_ids) // len(slots)
+        self.num_output[slots] += len(token_ids) // len(slots)
         if all(map(math.isfinite, logprobs)):
             return {}
         first = len(token_ids) - len(slots)
@@ -335,24 +343,24 @@ class SamplerState:
         failed: dict[int, str] = {}
         every = int(np.bitwise_or.reduce(needs))
         beams = None
-        if every & _Needs.CANDIDATES:
-            beams = torch.from_numpy(np.flatnonzero(needs & _Needs.CANDIDATES)).to(logits.device)
+        if every & Needs.CANDIDATES:
+            beams = torch.from_numpy(np.flatnonzero(needs & Needs.CANDIDATES)).to(logits.device)
             logits[beams] = logits[beams].log_softmax(-1)
-        if every & (_Needs.PROCESSORS | _Needs.MIN_TOKENS | _Needs.PENALTIES | _Needs.GUIDED):
+        if every & (Needs.PROCESSORS | Needs.MIN_TOKENS | Needs.PENALTIES | Needs.GUIDED):
             self._edit(logits, needs, slots, failed)
         highest, token_ids = logits.max(-1)
         finite = torch.isfinite(highest)
         if not bool(finite.all()):
             for i in torch.nonzero(~finite).flatten().tolist():
-                failed.setdefault(i, _why_not_finite(float(highest[i])))
+                failed.setdefault(i, why_not_finite(float(highest[i])))
                 # Any finite row: what is drawn from it is thrown away.
                 logits[i], highest[i], token_ids[i] = 0.0, 0.0, 0
-        if every & _Needs.DRAW:
-            _heat(logits, highest, torch.from_numpy(self._temperature[index]).to(logits.device))
-        if every & _Needs.TRUNCATION:
-            picked = np.flatnonzero(needs & _Needs.TRUNCATION)
+        if every & Needs.DRAW:
+            _heat(logits, highest, torch.from_numpy(self.temperature[index]).to(logits.device))
+        if every & Needs.TRUNCATION:
+            picked = np.flatnonzero(needs & Needs.TRUNCATION)
             chosen = index[picked]
-            limits = (self._top_k[chosen], self._top_p[chosen], self._min_p[chosen])
+            limits = (self.top_k[chosen], self.top_p[chosen], self.min_p[chosen])
             if len(picked) == len(slots):
                 truncate(logits, *limits)
             else:
@@ -364,16 +372,16 @@ class SamplerState:
         logprobs = logits.log_softmax(-1)
         if beams is not None:
             logprobs[beams] = logits[beams]
-        if every & _Needs.DRAW:
-            picked = np.flatnonzero(needs & _Needs.DRAW)
+        if every & Needs.DRAW:
+            picked = np.flatnonzero(needs & Needs.DRAW)
             chosen = index[picked]
             where = torch.from_numpy(picked).to(logits.device)
-            u = torch.from_numpy(uniforms(self._seeds[chosen], self._num_output[chosen])).to(logits.device)
+            u = torch.from_numpy(uniforms(self.seeds[chosen], self.num_output[chosen])).to(logits.device)
             token_ids[where] = _draw(logits if len(picked) == len(slots) else logits[where], u)
         own = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)
         details = {}
-        if every & _Needs.LOGPROBS:
-            wanted = np.flatnonzero(needs & _Needs.LOGPROBS).tolist()
+        if every & Needs.LOGPROBS:
+            wanted = np.flatnonzero(needs & Needs.LOGPROBS).tolist()
             counts = [self._rows[slots[i]].top for i in wanted]
             where = torch.tensor(wanted, device=logits.device)
             part = logprobs if len(wanted) == len(slots) else logprobs[where]
@@ -389,14 +397,14 @@ class SamplerState:
         overwritten.
         """
         count = logits.shape[0]
-        if self._temperature[slot] != 1.0:
-            logits.div_(float(self._temperature[slot]))
-        if self._needs[slot] & _Needs.TRUNCATION:
+        if self.temperature[slot] != 1.0:
+            logits.div_(float(self.temperature[slot]))
+        if self.needs[slot] & Needs.TRUNCATION:
             truncate(
                 logits,
-                np.full(count, self._top_k[slot]),
-                np.full(count, self._top_p[slot]),
-                np.full(count, self._min_p[slot]),
+                np.full(count, self.top_k[slot]),
+                np.full(count, self.top_p[slot]),
+                np.full(count, self.min_p[slot]),
             )
         top = self._rows[slot].params.prompt_logprobs or 0
         return _details(logits.log_softmax(-1), token_ids, [top] * count)
@@ -407,21 +415,21 @@ class SamplerState:
         self, logits: torch.Tensor, needs: np.ndarray, slots: list[int], failed: dict[int, str]
     ) -> None:
         """Bias, processors, the mask of min_tokens and penalties, in place."""
-        for i in np.flatnonzero(needs & _Needs.PROCESSORS).tolist():
+        for i in np.flatnonzero(needs & Needs.PROCESSORS).tolist():
             try:
                 logits[i] = self._process(logits[i], self._rows[slots[i]])
             except Exception as error:  # whatever a caller's processor does must stay in its own row
                 logger.warning("a logits processor failed", exc_info=error)
                 failed[i] = f"a logits processor failed ({type(error).__name__}: {error})"
                 logits[i] = 0.0
-        for i in np.flatnonzero(needs & _Needs.MIN_TOKENS).tolist():
+        for i in np.flatnonzero(needs & Needs.MIN_TOKENS).tolist():
             slot = slots[i]
-            if self._num_output[slot] < self._min_tokens[slot]:
+            if self.num_output[slot] < self.min_tokens[slot]:
                 logits[i, self._rows[slot].banned] = _NONE
-        penalised = np.flatnonzero(needs & _Needs.PENALTIES).tolist()
+        penalised = np.flatnonzero(needs & Needs.PENALTIES).tolist()
         if penalised:
             self._penalties.apply(logits, penalised, [slots[i] for i in penalised])
-        guided = np.flatnonzero(needs & _Needs.GUIDED).tolist()
+        guided = np.flatnonzero(needs & Needs.GUIDED).tolist()
         if guided:
             for i, reason in self._guided.apply(logits, guided, [slots[i] for i in guided]).items():
                 failed.setdefault(i, reason)
@@ -440,16 +448,16 @@ class SamplerState:
         return row
 
     def _remember(self, needs: np.ndarray, slots: list[int], index: np.ndarray, sampled: Sampled) -> None:
-        self._num_output[index] += 1
+        self.num_output[index] += 1
         tracked = np.flatnonzero(
-            (needs & (_Needs.PENALTIES | _Needs.PROCESSORS | _Needs.GUIDED) != 0)
-            & (needs & _Needs.CANDIDATES == 0)
+            (needs & (Needs.PENALTIES | Needs.PROCESSORS | Needs.GUIDED) != 0)
+            & (needs & Needs.CANDIDATES == 0)
         ).tolist()
         if not tracked:
             return
         tokens, wanted = sampled.token_ids.tolist(), needs.tolist()
         for i in tracked:
-            if wanted[i] & _Needs.GUIDED:
+            if wanted[i] & Needs.GUIDED:
                 try:
                     self._guided.advance(slots[i], tokens[i])
                     reason = self._guided.broken(slots[i])
@@ -461,7 +469,7 @@ class SamplerState:
             row = self._rows[slots[i]]
             if row.processors:
                 row.output.append(tokens[i])
-            if wanted[i] & _Needs.PENALTIES:
+            if wanted[i] & Needs.PENALTIES:
                 try:
                     self._penalties.count(slots[i], tokens[i])
                 except Exception as error:  # the step is drawn: only this row can be taken back
@@ -480,7 +488,7 @@ def _checked(token_ids: torch.Tensor, logprobs: torch.Tensor, logits: torch.Tens
     finite = torch.isfinite(logprobs)
     if not bool(finite.all()):  # of a row with a NaN, a +inf or nothing but -inf
         for i in torch.nonzero(~finite).flatten().tolist():
-            failed[i] = _why_not_finite(float(logits[i].max()))
+            failed[i] = why_not_finite(float(logits[i].max()))
             token_ids[i], logprobs[i] = 0, 0.0
     return Sampled(token_ids, logprobs, failed=failed)
 
@@ -560,7 +568,7 @@ def _takes_prompt(processor: LogitsProcessor) -> bool:
     return sum(each.kind in by_position and each.default is each.empty for each in parameters) == 3
 
 
-def _why_not_finite(highest: float) -> str:
+def why_not_finite(highest: float) -> str:
     if highest == _NONE:
         return "no token is allowed"
     return "the logits are not finite"

@@ -23,6 +23,7 @@ from aserve.server.keys import KeyRing
 from aserve.server.openai import chat, completions, embeddings, models, responses, tokenization
 from aserve.server.security import Cors, HttpMiddleware, KeyGuard, check_head, load_middleware
 from aserve.server.service import Service, client_request_id, new_id
+from aserve.server.tracing import RequestTraces, check_endpoint, exporter_to
 from aserve.tokenizer.chat import resolve_chat_template
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def create_app(
         log_requests=engine_args is None or not engine_args.disable_log_requests,
         on_fatal=on_fatal or _exit,
         on_loaded=on_loaded,
+        traced_by=_tracing(server_args.otlp_traces_endpoint),
     )
     app.extensions["aserve"] = shared
     app.extensions["exchanges"] = Exchanges()
@@ -154,9 +156,23 @@ def _add_hooks(app: App, args: ServerArgs, keys: KeyRing, shared: Service) -> No
             shared.count_error(response.status_code)
         return response
 
+    async def note_caller() -> None:
+        if shared.traces is not None:
+            shared.traces.note_caller(request.headers, request.path)
+
+    if args.otlp_traces_endpoint is not None:
+        app.before_request(note_caller)
     app.after_request(count)
     app.after_request(cors.annotate)
     app.after_request(identify)
+
+
+def _tracing(endpoint: str | None) -> Callable[[str], RequestTraces] | None:
+    """What makes the traces of a model's requests. ConfigError: they cannot be sent there."""
+    if endpoint is None:
+        return None
+    check_endpoint(endpoint)
+    return lambda model: RequestTraces(exporter_to(endpoint), model)
 
 
 def _add_middleware(app: App, paths: list[str]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from aserve.attention.base import AttentionMetadata
-from aserve.messages.step import StepPlan
+from aserve.messages.step import NewSequence, StepPlan
 
 
 @dataclass(slots=True)
@@ -24,7 +24,55 @@ class ModelInputs:
     last_tokens: np.ndarray
 
 
-class BatchState:
+class SlotFacts:
+    """What is wanted of slots besides tokens. tokens: int32 ``[S, W]``, of every slot."""
+
+    tokens: torch.Tensor
+
+    def __init__(self) -> None:
+        self._prompt_lengths: dict[int, int] = {}
+        self.pooled: set[int] = set()
+        """Slots whose sample is a hidden state."""
+
+    def take(self, new: NewSequence) -> None:
+        if new.want_prompt_logprobs and new.params.prompt_logprobs is not None:
+            self._prompt_lengths[new.slot] = new.num_prompt_tokens
+        else:
+            self._prompt_lengths.pop(new.slot, None)
+        (self.pooled.add if new.pooled else self.pooled.discard)(new.slot)
+
+    def forget(self, slot: int) -> None:
+        self._prompt_lengths.pop(slot, None)
+        self.pooled.discard(slot)
+
+    def prompt_span(self, plan: StepPlan, row: int) -> tuple[int, torch.Tensor] | None:
+        """For a row whose prompt log-probabilities are wanted: how many of its tokens predict a
+        prompt token, and those predicted tokens (int64); None if there are none."""
+        slot = plan.slots[row]
+        length = self._prompt_lengths.get(slot)
+        if length is None:
+            return None
+        start = plan.starts[row]
+        count = min(start + plan.counts[row], length - 1) - start
+        if count <= 0:
+            del self._prompt_lengths[slot]
+            return None
+        return count, self.tokens[slot, start + 1 : start + 1 + count].long()
+
+    def pools(self, plan: StepPlan) -> bool:
+        """Whether a row of the plan belongs to a pooled sequence."""
+        return bool(self.pooled) and not self.pooled.isdisjoint(plan.slots)
+
+    def lists_prompts(self, plan: StepPlan) -> bool:
+        """Whether log-probabilities of a prompt may be wanted of a row of the plan."""
+        return bool(self._prompt_lengths) and not self._prompt_lengths.keys().isdisjoint(plan.slots)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return bool(self._prompt_lengths)
+
+
+class BatchState(SlotFacts):
     """Tokens of every slot on the device, block tables of every slot on the host.
 
     Drawn tokens are written straight into ``tokens`` and read from there by the next step, so a step
@@ -34,6 +82,7 @@ class BatchState:
     """
 
     def __init__(self, num_slots: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+        super().__init__()
         self.block_size = block_size
         self.device = device
         # One more than the model's length: the last token of a full sequence is drawn, never computed.
@@ -45,9 +94,6 @@ class BatchState:
         self.host_tables = torch.from_numpy(self.block_tables)
         """The same memory as a tensor."""
         self._num_blocks = [0] * num_slots
-        self._prompt_lengths: dict[int, int] = {}
-        self.pooled: set[int] = set()
-        """Slots whose sample is a hidden state."""
 
     def apply(self, plan: StepPlan) -> None:
         """Takes over new sequences, forks, chosen tokens and table changes."""
@@ -55,16 +101,11 @@ class BatchState:
             ids = np.array(new.token_ids, dtype=np.int32)
             self.tokens[new.slot, : len(ids)] = self._move(ids)
             self._set_table(new.slot, new.block_ids)
-            if new.want_prompt_logprobs and new.params.prompt_logprobs is not None:
-                self._prompt_lengths[new.slot] = new.num_prompt_tokens
-            else:
-                self._prompt_lengths.pop(new.slot, None)
-            (self.pooled.add if new.pooled else self.pooled.discard)(new.slot)
+            self.take(new)
         for fork in plan.forks:
             self.tokens[fork.slot, : fork.num_tokens] = self.tokens[fork.parent_slot, : fork.num_tokens]
             self._set_table(fork.slot, fork.block_ids)
-            self._prompt_lengths.pop(fork.slot, None)
-            self.pooled.discard(fork.slot)
+            self.forget(fork.slot)
         if plan.chosen:
             places = np.array([slot * self._width + position for slot, position, _ in plan.chosen])
             tokens = np.array([token for _, _, token in plan.chosen], dtype=np.int32)
@@ -115,28 +156,6 @@ class BatchState:
         starts, counts, width = plan.starts, plan.counts, self._width
         ends = np.array([slot * width + starts[row] + counts[row] for row, slot in plan.samples])
         self._flat[self._move(ends)] = token_ids.to(torch.int32)
-
-    def prompt_span(self, plan: StepPlan, row: int) -> tuple[int, torch.Tensor] | None:
-        """For a row whose prompt log-probabilities are wanted: how many of its tokens predict a
-        prompt token, and those predicted tokens (int64); None if there are none."""
-        slot = plan.slots[row]
-        length = self._prompt_lengths.get(slot)
-        if length is None:
-            return None
-        start = plan.starts[row]
-        count = min(start + plan.counts[row], length - 1) - start
-        if count <= 0:
-            del self._prompt_lengths[slot]
-            return None
-        return count, self.tokens[slot, start + 1 : start + 1 + count].long()
-
-    def pools(self, plan: StepPlan) -> bool:
-        """Whether a row of the plan belongs to a pooled sequence."""
-        return bool(self.pooled) and not self.pooled.isdisjoint(plan.slots)
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        return bool(self._prompt_lengths)
 
     def _set_table(self, slot: int, blocks: list[int]) -> None:
         self.block_tables[slot, : len(blocks)] = blocks

@@ -25,17 +25,11 @@ def bytes_per_block(shapes: list[tuple[int, int]], block_size: int, dtype: torch
     return sum(2 * block_size * heads * size for heads, size in shapes) * dtype.itemsize
 
 
-def count_blocks(config: EngineConfig, block_bytes: int, device: torch.device) -> int:
-    """Blocks that fit the memory the configuration grants; ConfigError if too few to be of use."""
+def count_blocks(config: EngineConfig, block_bytes: int) -> int:
+    """Blocks that fit the host memory the configuration grants; ConfigError if too few to be of use."""
     cache, max_model_len = config.cache, config.model.max_model_len
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        granted = int(total * cache.gpu_memory_utilization) - (total - free)
-        advice = "raise --gpu-memory-utilization"
-    else:
-        granted = _cpu_bytes(config)
-        advice = "raise ASERVE_CPU_KVCACHE_SPACE (GiB)"
-    num_blocks = min(max(0, granted // block_bytes), _useful_blocks(config))
+    advice = "raise ASERVE_CPU_KVCACHE_SPACE (GiB)"
+    num_blocks = min(max(0, _cpu_bytes(config) // block_bytes), useful_blocks(config))
     if cache.num_gpu_blocks_override is not None:
         num_blocks = cache.num_gpu_blocks_override
         advice = "raise --num-gpu-blocks-override"
@@ -49,7 +43,7 @@ def count_blocks(config: EngineConfig, block_bytes: int, device: torch.device) -
     return num_blocks
 
 
-def _useful_blocks(config: EngineConfig) -> int:
+def useful_blocks(config: EngineConfig) -> int:
     """More could never be in use at once."""
     scheduler = config.scheduler
     longest = config.model.max_model_len + 1 + scheduler.num_lookahead_slots
@@ -76,7 +70,7 @@ def count_swap_blocks(config: EngineConfig, block_bytes: int) -> int:
     granted = config.cache.swap_space_bytes
     if granted == DEFAULT_SWAP_BYTES:
         granted = min(granted, available_memory_bytes() // 4)
-    return min(granted // block_bytes, _useful_blocks(config))
+    return min(granted // block_bytes, useful_blocks(config))
 
 
 def move_blocks(sources: list[KVCache], destinations: list[KVCache], pairs: list[tuple[int, int]]) -> None:
@@ -93,25 +87,13 @@ def allocate(
     block_size: int,
     dtype: torch.dtype,
     device: torch.device,
-    *,
-    pinned: bool = False,
 ) -> list[KVCache]:
-    """Zeroed keys and values per layer, ``[num_blocks, num_kv_heads, block_size, head_size]``.
-
-    pinned: host memory that a CUDA device can read and write by itself.
-    """
+    """Zeroed keys and values per layer, ``[num_blocks, num_kv_heads, block_size, head_size]``."""
     caches = []
     for heads, size in shapes:
         shape = (num_blocks, heads, block_size, size)
-        if pinned:
-            caches.append((_pinned(shape, dtype), _pinned(shape, dtype)))
-        else:
-            caches.append((_zeros(shape, dtype, device), _zeros(shape, dtype, device)))
+        caches.append((_zeros(shape, dtype, device), _zeros(shape, dtype, device)))
     return caches
-
-
-def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

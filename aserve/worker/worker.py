@@ -1,35 +1,29 @@
-"""One device's share of the engine: load, allocate, and run plans."""
+"""Running plans on the CPU, and the choice of what runs them."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from aserve import ops
-from aserve.attention import route
 from aserve.config.engine import EngineConfig
-from aserve.messages.step import CacheCapacity, SampleLogprobs, StepPlan, StepResult
-from aserve.model.loader import load_model
-from aserve.ops.decoder import MAX_STEPS
-from aserve.sampling.sampler import Sampled, SamplerState
+from aserve.messages.step import SampleLogprobs, StepPlan, StepResult
+from aserve.sampling.sampler import Sampled
 from aserve.worker import kv_cache
 from aserve.worker.batch_state import BatchState, ModelInputs
-from aserve.worker.contained import ContainedRows
-
-_LOGITS_BYTES = 64 << 20
-"""Most memory that the logits of prompt positions may take at once."""
+from aserve.worker.runner import Handle, Runner
 
 
-class Handle(Protocol):
-    """A launched step. ``wait`` returns its result, at once if ``ready``."""
+def make_runner(config: EngineConfig) -> Runner:
+    """What runs plans on the device of that configuration."""
+    if config.device.device == "cuda":
+        from aserve.worker.cuda import CudaWorker
 
-    ready: bool
-
-    def wait(self) -> StepResult: ...
+        return CudaWorker(config)
+    return Worker(config)
 
 
 class _Done:
@@ -45,63 +39,29 @@ class _Done:
         return self._result
 
 
-class Worker:
-    """Runs plans one after the other; used from one thread only."""
+class Worker(Runner):
+    """Runs plans on the CPU, each to its end before the launch returns."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        self.device = torch.device(config.device.device)
-        self.dtype: torch.dtype = getattr(torch, config.model.dtype)
+    batch: BatchState
 
-    @torch.inference_mode()
-    def start(self) -> CacheCapacity:
-        """Loads the model, allocates the cache, runs one warm-up step."""
-        config = self.config
-        route.check(self.device)
-        phases: dict[str, float] = {}
-        clock = _Stopwatch(phases)
-        torch.manual_seed(config.model.seed)
-        self.model = load_model(config.model, config.load, self.device)
-        clock.lap("weights")
+    def _facts(self) -> dict[str, str]:
+        kernels = " ".join(f"{name}={kind}" for name, kind in sorted(ops.kernels().items()))
+        return {"kernels": kernels, "threads": str(torch.get_num_threads())}
+
+    def _allocate(self, block_bytes: int) -> tuple[int, int]:
+        config, shapes = self.config, self.model.kv_shapes
         block_size = config.cache.block_size
-        shapes = self.model.kv_shapes
-        block_bytes = kv_cache.bytes_per_block(shapes, block_size, self.dtype)
-        num_blocks = kv_cache.count_blocks(config, block_bytes, self.device)
+        num_blocks = kv_cache.count_blocks(config, block_bytes)
         self.caches = kv_cache.allocate(num_blocks, shapes, block_size, self.dtype, self.device)
         num_swap_blocks = kv_cache.count_swap_blocks(config, block_bytes)
-        self.swap_space = kv_cache.allocate(
-            num_swap_blocks,
-            shapes,
-            block_size,
-            self.dtype,
-            torch.device("cpu"),
-            pinned=self.device.type == "cuda" and num_swap_blocks > 0,
+        self.swap_space = kv_cache.allocate(num_swap_blocks, shapes, block_size, self.dtype, self.device)
+        self.batch = BatchState(
+            config.scheduler.max_num_seqs, config.model.max_model_len, block_size, self.device
         )
-        num_slots = config.scheduler.max_num_seqs
-        self.batch = BatchState(num_slots, config.model.max_model_len, block_size, self.device)
-        self.sampler = SamplerState(num_slots, config.model.vocab_size, self.device)
-        self.rows = ContainedRows(self.sampler)
-        cache_gib = num_blocks * block_bytes / 2**30
-        clock.lap("KV cache")
-        self._warm_up()
-        clock.lap("warm-up")
-        return CacheCapacity(
-            num_gpu_blocks=num_blocks,
-            num_cpu_blocks=num_swap_blocks,
-            num_slots=num_slots,
-            max_steps=MAX_STEPS if self.model.greedy_stack is not None else 1,
-            phases=phases,
-            description={
-                "device": str(self.device),
-                "dtype": config.model.dtype,
-                "KV cache": f"{num_blocks} blocks of {block_size} ({cache_gib:.2f} GiB)",
-                "kernels": " ".join(f"{name}={kind}" for name, kind in sorted(ops.kernels().items())),
-                "threads": str(torch.get_num_threads()),
-            },
-        )
+        return num_blocks, num_swap_blocks
 
     def launch(self, plan: StepPlan) -> Handle:
-        """Runs a plan. On the CPU the returned step is complete."""
+        """Runs a plan; the returned step is complete."""
         started = time.perf_counter()
         result = self._run(plan)
         result.seconds = time.perf_counter() - started
@@ -232,29 +192,6 @@ class Worker:
         result.failed = failed or None
         return result
 
-    def _prompt_logprobs(
-        self, plan: StepPlan, inputs: ModelInputs, hidden: torch.Tensor
-    ) -> dict[int, list[SampleLogprobs]] | None:
-        piece = max(1, _LOGITS_BYTES // (4 * self.config.model.vocab_size))
-        results: dict[int, list[SampleLogprobs]] = {}
-        for row in range(len(plan.slots)):
-            span = self.batch.prompt_span(plan, row)
-            if span is None:
-                continue
-            count, targets = span
-            first = inputs.attention.query_start_host[row]
-            entries: list[SampleLogprobs] = []
-            for at in range(0, count, piece):
-                end = min(at + piece, count)
-                # Without a name: the next piece is computed when these logits are gone.
-                entries += self.rows.prompt_logprobs(
-                    self.model.compute_logits(hidden[first + at : first + end]),
-                    targets[at:end],
-                    plan.slots[row],
-                )
-            results[row] = entries
-        return results or None
-
     def _warm_up(self) -> None:
         """One prompt step and one decode step, so that the first request finds everything loaded.
 
@@ -267,14 +204,3 @@ class Worker:
                 inputs = self.batch.inputs(plan)
                 hidden = self.model.forward(inputs.token_ids, inputs.positions, self.caches, inputs.attention)
                 self.model.compute_logits(hidden[-1:])
-
-
-class _Stopwatch:
-    def __init__(self, laps: dict[str, float]) -> None:
-        self._laps = laps
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._laps[name] = now - self._last
-        self._last = now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -164,6 +165,16 @@ def test_absent_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UnsupportedError, match=f"device '{name}'") as caught:
             resolve_device_config(EngineArgs("m", device=name))
         assert "use 'cpu'" in str(caught.value)
+
+
+def test_neuron_cores_are_not_served_even_where_torch_could(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch_neuronx.py").write_text("raise RuntimeError('only looked for, never imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UnsupportedError, match="installed, but this release has no paged KV cache") as caught:
+        resolve_device_config(EngineArgs("m", device="neuron"))
+    assert caught.value.param == "device"
 
 
 # --- cache

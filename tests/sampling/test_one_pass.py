@@ -49,7 +49,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         assert [each.dtype for each in columns] == [torch.float32, torch.int64, torch.int64]
         return kernel(logits, *columns)
 
-    monkeypatch.setattr(ops, "samples", lambda logits: True)
+    monkeypatch.setattr(ops, "samples", lambda device: True)
     monkeypatch.setattr(ops, "sample", sample)
     return counts
 

@@ -10,7 +10,7 @@ import torch
 
 from aserve import LLM, SamplingParams
 from aserve.model.base import Model
-from aserve.worker import worker
+from aserve.worker import runner
 from tests import tiny_checkpoint
 
 LENGTH = 1000
@@ -51,7 +51,7 @@ def test_a_long_prompt_has_few_logits_at_once(tmp_path: Path, monkeypatch: pytes
         (whole,) = llm.generate([prompt], params, use_tqdm=False)
         vocab = llm.llm_engine.config.model.vocab_size
         rows = AliveRows(monkeypatch)
-        monkeypatch.setattr(worker, "_LOGITS_BYTES", CEILING * 4 * vocab)
+        monkeypatch.setattr(runner, "_LOGITS_BYTES", CEILING * 4 * vocab)
         outputs = llm.generate([prompt, prompt], params, use_tqdm=False)
     assert rows.made >= 2 * (LENGTH - 1)
     # Of the prompts', and of the tokens drawn: one for each request.

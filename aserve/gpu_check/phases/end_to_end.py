@@ -22,6 +22,8 @@ from aserve.ops import cuda
 BATCHES = (1, 32, 256)
 PROMPT, SHORT, LONG = 128, 8, 72
 PREFILL, CHUNK = 8192, 2048
+GOAL_SHARE = 0.85
+"""Of the copy rate, for the decode of one sequence by the 8 B shape."""
 TIE = {"float32": 1e-3, "bfloat16": 0.2}
 """Log-probabilities closer than this may change places by rounding."""
 
@@ -167,7 +169,10 @@ def _speed(name: str, eager: bool, options: Options) -> Unit:
                 short, _ = offline.generate(llm, batch, prompt, SHORT)
                 long, _ = offline.generate(llm, batch, prompt, LONG)
                 step = (long - short) / (LONG - SHORT)
-                yield _decoded(shape, mode, batch, prompt, step, options)
+                row = _decoded(shape, mode, batch, prompt, step, options)
+                if (name, batch, eager) == ("llama-8b", 1, False) and row.get("share_of_ceiling"):
+                    row["goal_met"] = row["share_of_ceiling"] >= GOAL_SHARE
+                yield row
             taken, _ = offline.generate(llm, 1, whole, 1)
             _, matrices = models.parameters(shape)
             yield {

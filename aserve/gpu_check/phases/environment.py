@@ -31,14 +31,8 @@ def _machine(machine: Machine) -> Iterator[Row]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "l2_bytes": machine.l2,
+        **machine.properties(),
     }
-    if not machine.dry:
-        properties = torch.cuda.get_device_properties(0)
-        row |= {
-            "memory_bytes": int(properties.total_memory),
-            "multiprocessors": int(properties.multi_processor_count),
-        }
     tool = shutil.which("nvidia-smi")
     if tool is not None and not machine.dry:
         # Clocks are read and never set.

@@ -36,7 +36,7 @@ def finding(machine: Machine, check: Check, options: Options) -> Row:
     operation = cases.OPERATIONS[check.op]
     cost = operation.cost(check)
     # One after the other, so many copies that the caches have lost a copy's data when its turn comes again.
-    copies = max(1, min(CALLS, math.ceil(2.5 * machine.l2 / cost.bytes)))
+    copies = max(1, min(CALLS, math.ceil(5 * machine.l2 / cost.bytes)))
     problem = operation.make(check, options.seed, machine.device, False)
     held = [problem.buffers] + [
         {name: buffer.clone() for name, buffer in problem.buffers.items()} for _ in range(copies - 1)

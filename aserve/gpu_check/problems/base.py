@@ -40,7 +40,7 @@ class Want:
     """A value in float64 and how far a result may be off; or, without tolerances, the very bits."""
 
     value: torch.Tensor
-    atol: float | None = None
+    atol: float | torch.Tensor | None = None
     rtol: float = 0.0
 
 
@@ -101,7 +101,9 @@ def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.T
     return made
 
 
-def rounded(value: torch.Tensor, dtype: torch.dtype, atol: float = 1e-6, tolerance: float = 3e-6) -> Want:
+def rounded(
+    value: torch.Tensor, dtype: torch.dtype, atol: float | torch.Tensor = 1e-6, tolerance: float = 3e-6
+) -> Want:
     """Within the rounding to ``dtype`` of the value; float32 also within what adding up in it costs."""
     return Want(value, atol, tolerance if dtype == torch.float32 else 0.51 * torch.finfo(dtype).eps)
 

@@ -1,0 +1,191 @@
+"""Drawing tokens without the host: nothing here waits for the device, or needs a token to be known.
+
+Everything that depends on a row's request is known before the step and sent with it; what the host must
+know of the result, failed rows included, goes back with the drawn tokens. Rows that need the host in
+between (a guide, a logits processor, candidates of beams, penalties) are :class:`SamplerState`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from aserve import ops
+from aserve.messages.step import SampleLogprobs
+from aserve.sampling.rng import uniforms
+from aserve.sampling.sampler import Needs, SamplerState, why_not_finite
+
+_NONE = float("-inf")
+_FREE = Needs.DRAW | Needs.TRUNCATION | Needs.MIN_TOKENS | Needs.LOGPROBS
+
+
+class Arrays(Protocol):
+    """Where the host's numbers are handed in before the step, and are tensors within it."""
+
+    def add(self, array: np.ndarray) -> int: ...
+
+    def __getitem__(self, number: int) -> torch.Tensor: ...
+
+
+@dataclass(slots=True)
+class Drawn:
+    """What :meth:`Draw.run` leaves on the device.
+
+    token_ids: int64 ``[S]``. logprobs, highest: float32 ``[S]``; the drawn token's log-probability and the
+    largest logit, neither finite where nothing could be drawn. ranks: int64 ``[L]``, and tops: float32 and
+    int64 ``[L, width]``, log-probabilities and ids in order, of the rows that list them.
+    """
+
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor
+    highest: torch.Tensor
+    ranks: torch.Tensor | None = None
+    tops: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def is_free(state: SamplerState, slots: list[int]) -> np.ndarray:
+    """Which of these slots' rows can be drawn here, bool ``[S]``."""
+    free: np.ndarray = state.needs[slots] & ~_FREE == 0
+    return free
+
+
+class Draw:
+    """The draw of one step for slots ``[S]`` that :func:`is_free`: its numbers, added to ``arrays``.
+
+    The slots count as having drawn.
+    """
+
+    def __init__(self, state: SamplerState, slots: list[int], arrays: Arrays) -> None:
+        self._arrays = arrays
+        index = np.array(slots, dtype=np.int64)
+        needs = state.needs[index]
+        self.count = len(slots)
+        others = np.flatnonzero(needs)
+        self._others = arrays.add(others) if len(others) else None
+        self._num_others = len(others)
+        self.listed: list[int] = []
+        """Indices of the samples whose likeliest tokens are listed."""
+        self._counts: list[int] = []
+        if len(others):
+            self._pack(state, others, index[others], needs[others])
+        state.num_output[index] += 1
+
+    def _pack(self, state: SamplerState, others: np.ndarray, slots: np.ndarray, needs: np.ndarray) -> None:
+        add = self._arrays.add
+        banned = [
+            row * state.vocab_size + np.array(state.banned(int(slot)), dtype=np.int64)
+            for row, slot in enumerate(slots)
+            if needs[row] & Needs.MIN_TOKENS and state.num_output[slot] < state.min_tokens[slot]
+        ]
+        self._banned = add(np.concatenate(banned)) if banned else None
+        drawn = np.flatnonzero(needs & Needs.DRAW)
+        self._drawn = self._cut = None
+        if len(drawn):
+            u = uniforms(state.seeds[slots[drawn]], state.num_output[slots[drawn]])
+            self._drawn = add(drawn), add(u), add(state.temperature[slots])
+        cut = np.flatnonzero(needs & Needs.TRUNCATION)
+        if len(cut):
+            chosen = slots[cut]
+            with np.errstate(divide="ignore"):
+                least = np.log(state.min_p[chosen]).astype(np.float32)
+            self._cut = add(cut), add(state.top_k[chosen]), add(state.top_p[chosen]), add(least)
+        listed = np.flatnonzero(needs & Needs.LOGPROBS)
+        self._listed = add(listed) if len(listed) else None
+        self._counts = [state.top(int(slot)) for slot in slots[listed]]
+        self.listed = others[listed].tolist()
+
+    def run(self, logits: torch.Tensor, greedy: tuple[torch.Tensor, torch.Tensor] | None = None) -> Drawn:
+        """logits: float32 ``[S, V]``, not changed. greedy: what :func:`aserve.ops.greedy_logprob` gives for
+        them, where it is known."""
+        token_ids, logprobs = ops.greedy_logprob(logits) if greedy is None else greedy
+        drawn = Drawn(token_ids, logprobs, logits.amax(-1))
+        if self._others is None:
+            return drawn
+        index = self._arrays[self._others]
+        part = self._draw(logits.index_select(0, index))
+        return Drawn(
+            token_ids.index_copy(0, index, part.token_ids),
+            logprobs.index_copy(0, index, part.logprobs),
+            drawn.highest.index_copy(0, index, part.highest),
+            part.ranks,
+            part.tops,
+        )
+
+    def _draw(self, logits: torch.Tensor) -> Drawn:
+        """The steps of ``SamplerState._sample``, in its order. logits: of the other rows, overwritten."""
+        arrays = self._arrays
+        if self._banned is not None:
+            logits.view(-1).index_fill_(0, arrays[self._banned], _NONE)
+        highest, token_ids = logits.max(-1)
+        broken = ~torch.isfinite(highest)
+        # Any finite row: what is drawn from it is thrown away.
+        logits.masked_fill_(broken.unsqueeze(1), 0.0)
+        if self._drawn is not None:
+            temperature = arrays[self._drawn[2]]
+            finite = highest.masked_fill(broken, 0.0)
+            # As in the sampler: a logit so large that the quotient would be infinite.
+            shift = torch.where(torch.isinf(finite / temperature), finite, 0.0)
+            logits.sub_(shift.unsqueeze(1)).div_(temperature.unsqueeze(1))
+        if self._cut is not None:
+            rows, *limits = (arrays[each] for each in self._cut)
+            logits.index_copy_(0, rows, truncated(logits.index_select(0, rows), *limits))
+        logprobs = logits.log_softmax(-1)
+        if self._drawn is not None:
+            rows, u = arrays[self._drawn[0]], arrays[self._drawn[1]]
+            sums = logits.index_select(0, rows).softmax(-1).cumsum(-1, dtype=torch.float64)
+            # Below the last sum even after rounding, because u is at most 1 - 2**-53.
+            target = (u * sums[:, -1]).unsqueeze(1)
+            token_ids = token_ids.index_copy(0, rows, torch.searchsorted(sums, target, right=True).squeeze(1))
+        own = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)
+        drawn = Drawn(token_ids, own, highest)
+        if self._listed is not None:
+            rows = arrays[self._listed]
+            part, chosen = logprobs.index_select(0, rows), own.index_select(0, rows)
+            drawn.ranks = (part > chosen.unsqueeze(1)).sum(-1) + 1
+            width = max(self._counts)
+            if width:
+                # Stable: equally likely tokens by id.
+                values, ids = torch.sort(part, dim=-1, descending=True, stable=True)
+                drawn.tops = values[:, :width], ids[:, :width]
+        return drawn
+
+    def failed(self, logprobs: np.ndarray, highest: np.ndarray) -> dict[int, str]:
+        """Why samples could not be drawn, from what came back of :class:`Drawn`."""
+        fine = np.isfinite(logprobs) & np.isfinite(highest)
+        return {int(i): why_not_finite(float(highest[i])) for i in np.flatnonzero(~fine)}
+
+    def details(
+        self, logprobs: np.ndarray, ranks: np.ndarray, tops: tuple[np.ndarray, np.ndarray] | None
+    ) -> dict[int, SampleLogprobs]:
+        """The lists of likeliest tokens, by sample."""
+        entries = {}
+        for at, (sample, count) in enumerate(zip(self.listed, self._counts, strict=True)):
+            values, ids = ([], []) if tops is None else (each[at, :count].tolist() for each in tops)
+            entries[sample] = SampleLogprobs(float(logprobs[sample]), int(ranks[at]), ids, values)
+        return entries
+
+
+def truncated(
+    scores: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, least: torch.Tensor
+) -> torch.Tensor:
+    """As :func:`aserve.sampling.truncation.truncate`, by sorting every row: the scores that are left.
+
+    scores: float32 ``[R, V]``. top_k: int64, top_p: float64, least: float32 ``[R]``, the logarithm of min_p.
+    """
+    vocab = scores.shape[1]
+    # Stable: of equals, lower ids first.
+    values, ids = torch.sort(scores, dim=-1, descending=True, stable=True)
+    kth = values.gather(1, (top_k - 1).unsqueeze(1))
+    kept = (values >= kth) | (top_k >= vocab).unsqueeze(1)
+    p = top_p.unsqueeze(1)
+    mass = (values.double() - values[:, :1]).masked_fill_(~kept, _NONE).exp_()
+    total = mass.cumsum(-1)
+    likely = total - mass < p * total[:, -1:]
+    likely[:, 0] = True
+    kept &= likely | (p >= 1.0)
+    kept &= values >= values[:, :1] + least.unsqueeze(1)
+    values.masked_fill_(~kept, _NONE)
+    return torch.empty_like(scores).scatter_(1, ids, values)
