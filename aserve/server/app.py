@@ -16,7 +16,7 @@ from quart import Quart, Request, Response, request
 from quart.json.provider import JSONProvider
 
 from aserve.errors import AserveError
-from aserve.server import admin_api, errors, openapi, ops_api
+from aserve.server import admin_api, errors, openapi, ops_api, pipelining
 from aserve.server.anthropic import messages
 from aserve.server.connection import Connection, Exchanges
 from aserve.server.keys import KeyRing
@@ -133,8 +133,12 @@ def create_app(
             shared.start(engine)
         else:
             shared.start(_make_engine(engine_args), warm=True)
-        with _reloading(keys, server_args.api_key_file):
-            yield
+        pipelining.refusals.append(shared.count_error)
+        try:
+            with _reloading(keys, server_args.api_key_file):
+                yield
+        finally:
+            pipelining.refusals.remove(shared.count_error)
         await shared.stop()
 
     return app
