@@ -290,10 +290,12 @@ def unknown_fields(kind: type[Body], values: dict[str, Any]) -> set[str]:
 
     Objects in lists are not looked at: what a message holds is between the client and the chat template.
     """
-    found = set(values.keys() - kind.model_fields.keys())
+    # Keyed as clients spell them.
+    fields = {field.alias or name: field for name, field in kind.model_fields.items()}
+    found = set(values.keys() - fields.keys())
     for name, value in values.items():
         if isinstance(value, dict) and name not in found:
-            inner = _body_in(kind.model_fields[name].annotation)
+            inner = _body_in(fields[name].annotation)
             if inner is not None:
                 found |= {f"{name}.{each}" for each in unknown_fields(inner, value)}
     return found
