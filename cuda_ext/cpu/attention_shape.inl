@@ -142,19 +142,32 @@ inline int rows_ahead(size_t row_bytes, int heads) {
   return static_cast<int>(maximum(W, minimum(kAhead, rows)));
 }
 
+// f(place among the tile's queries, token, head) for each of them.
+template <typename F>
+inline void each_query(const Place& place, const TileShape& s, const F& f) {
+  for (int h = 0, m = 0; h < place.heads; h++) {
+    int64_t token = s.first_token + s.first_index / s.group, member = s.first_index % s.group;
+    for (const int stop = m + s.count; m < stop; m++) {
+      f(m, token, (place.kv_head + h) * s.group + member);
+      if (++member == s.group) {
+        member = 0;
+        token++;
+      }
+    }
+  }
+}
+
 inline void read_query(const AttentionArgs& a, const Place& place, const TileShape& s, float* query) {
   const int head_size = static_cast<int>(a.head_size);
   with_type(a.dtype, [&](auto element) {
     using T = typename Plain<decltype(element)>::type;
-    for (int m = 0; m < s.rows; m++) {
-      const int64_t index = s.first_index + m % s.count, token = s.first_token + index / s.group;
-      const int64_t head = (place.kv_head + m / s.count) * s.group + index % s.group;
+    each_query(place, s, [&](int m, int64_t token, int64_t head) {
       const T* q = static_cast<const T*>(a.q) + token * a.q_token + head * a.q_head;
       for (int d = 0; d < head_size; d += W) {
         const int n = head_size - d < W ? head_size - d : W;
         store(query + m * head_size + d, mul(load(q + d, n), set1(a.scale)), n);
       }
-    }
+    });
   });
 }
 
@@ -169,9 +182,7 @@ inline void write_out(const AttentionArgs& a, const Place& place, const TileShap
   const int head_size = static_cast<int>(a.head_size);
   with_type(a.dtype, [&](auto element) {
     using T = typename Plain<decltype(element)>::type;
-    for (int m = 0; m < s.rows; m++) {
-      const int64_t index = s.first_index + m % s.count, token = s.first_token + index / s.group;
-      const int64_t head = (place.kv_head + m / s.count) * s.group + index % s.group;
+    each_query(place, s, [&](int m, int64_t token, int64_t head) {
       T* out = static_cast<T*>(a.out) + (token * a.q_heads + head) * head_size;
       const V scale = set1(1.0f / sums.weight[m]);
       for (int d = 0; d < head_size; d += 2 * W) {
@@ -185,6 +196,6 @@ inline void write_out(const AttentionArgs& a, const Place& place, const TileShap
           if (d + W < head_size) store(out + d + W, y, head_size - d - W);
         }
       }
-    }
+    });
   });
 }
