@@ -19,11 +19,12 @@ import pytest
 
 from tests import tiny_checkpoint
 from tests.clients.table import ROOT
-from tests.e2e.process import Server, idle_afterwards
+from tests.e2e.process import Server, wait_until
 
 COMMAND = ROOT / ".venv-clients" / "schemathesis" / "bin" / "schemathesis"
 SECONDS = 1500.0
 LEAST = 1000
+KEY = "an-admins-key"
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",
@@ -48,9 +49,9 @@ def server(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> Itera
     told = []
     if request.param == "keys":
         keys = tmp_path / "keys"
-        keys.write_text("someone a-key\noperator an-admins-key admin\n")
+        keys.write_text(f"someone a-key\noperator {KEY} admin\n")
         flags += ["--api-key-file", str(keys)]
-        told = ["-H", "Authorization: Bearer an-admins-key"]
+        told = ["-H", f"Authorization: Bearer {KEY}"]
     command = [
         sys.executable,
         "-m",
@@ -67,22 +68,28 @@ def server(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> Itera
         yield running, told
 
 
+def idle(server: Server) -> bool:
+    """Whether no request and no cache block is left."""
+    text = httpx.get(server.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+    names = ("num_requests_running", "num_requests_waiting", "gpu_cache_usage_perc")
+    return all(re.search(rf"^vllm:{name}{{[^}}]*}} 0\.0$", text, re.MULTILINE) for name in names)
+
+
 @pytest.mark.timeout(SECONDS + 60)
 def test_schemathesis(server: tuple[Server, list[str]], tmp_path: Path) -> None:
     running, told = server
     assert COMMAND.exists(), f"no {COMMAND}: run `make schemathesis`"
     cases = os.environ.get("CASES", "50")
-    with idle_afterwards(running):
-        ended = subprocess.run(
-            [
-                str(COMMAND), "run", running.url + "/openapi.json", *told, "--checks", ",".join(CHECKS),
-                "--phases", "examples,coverage,fuzzing,stateful", "--max-examples", cases,
-                "--continue-on-failure", "--request-timeout", "60",
-                # A busy machine draws slowly, which is nobody's fault.
-                "--suppress-health-check", "too_slow",
-            ],
-            cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS, check=False,
-        )  # fmt: skip
+    ended = subprocess.run(
+        [
+            str(COMMAND), "run", running.url + "/openapi.json", *told, "--checks", ",".join(CHECKS),
+            "--phases", "examples,coverage,fuzzing,stateful", "--max-examples", cases,
+            "--continue-on-failure", "--request-timeout", "60",
+            # A busy machine draws slowly, which is nobody's fault.
+            "--suppress-health-check", "too_slow",
+        ],
+        cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS, check=False,
+    )  # fmt: skip
     print(ended.stdout[-4000:])
     assert ended.returncode == 0, ended.stdout[-8000:] + ended.stderr[-2000:]
     count = re.search(r"(\d+) generated, (\d+) passed", ended.stdout)
@@ -90,4 +97,5 @@ def test_schemathesis(server: tuple[Server, list[str]], tmp_path: Path) -> None:
     assert int(count[1]) >= LEAST
     assert "Traceback" not in running.log, running.log[-8000:]
     assert httpx.get(running.url + "/health/ready").status_code == 200
+    wait_until(lambda: idle(running))
     assert running.process.poll() is None
