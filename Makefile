@@ -12,6 +12,8 @@
 # make soak     mixed traffic against a server on SmolLM2 for MINUTES= (30; 480 for the long one), which must stay
 #               as it was: memory, files, threads, tasks, and a balance of every request
 # make flood    the same with REQUESTS= (200000) requests and no model
+# make clients  every client of tests/clients, in environments of their own, against a live server; writes the
+#               table in tests/clients/README.md  (ONLY=langchain for one)
 # make guided   what guides cost: time per output token, and the first token of a schema nobody has seen
 # make bench    aserve beside OpenVINO GenAI, llama.cpp and transformers, on an idle machine; figures, table
 #               and plot in build/bench  (ONLY=q4,offline for a piece, ROUNDS=, THREADS=, BUSY=warn)
@@ -19,12 +21,12 @@
 # make guard    instructions of the kernels and of a step's Python against the figures committed
 # make readme   write the tables of arguments in the README, and of verified kernels in cuda_ext/README.md, anew
 # make policies latency beside a long prompt, of a shared prefix, and of a full queue, on an idle machine
-# make clean    remove .venv, .venv-bench and every cache
+# make clean    remove .venv, .venv-bench, .venv-clients and every cache
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup serve test test-slow fuzz soak flood guided lint cuda kernels-full kernels-asan load bench policies peers quality guard readme chromium clean
+.PHONY: setup serve test test-slow fuzz soak flood guided lint cuda kernels-full kernels-asan load clients bench policies peers quality guard readme chromium clean
 
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -41,6 +43,7 @@ REQUESTS ?= 200000
 
 VENV := .venv
 BENCH_VENV := .venv-bench
+CLIENTS := .venv-clients
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CONSTRAINTS := .ci/constraints.txt
@@ -146,6 +149,35 @@ soak: setup
 flood: setup
 	$(PY) -m aserve.bench.soak --flood $(REQUESTS) --clients 64 --output build/soak/flood.json
 
+# Clients ask for versions of the same packages that do not go together, so each group has an environment.
+# Their requirements are complete: pip resolves nothing, and installs no torch.
+CLIENT_ENVS := openai frameworks guidellm
+client_env = $(CLIENTS)/.$(1)-$(call hash,tests/clients/requirements/$(1).txt)
+NODE_ENV := $(CLIENTS)/.node-$(call hash,tests/clients/requirements/package*.json)
+
+define client_rule
+$(call client_env,$(1)): $$(INSTALLED)
+	$$(PYTHON) -m venv --clear $$(CLIENTS)/$(1)
+	$$(CLIENTS)/$(1)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r tests/clients/requirements/$(1).txt
+	@if [ $(1) = guidellm ]; then $$(PY) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+	    >"$$$$(echo $$(CLIENTS)/$(1)/lib/python*/site-packages)/torch-of-aserve.pth"; fi
+	@rm -f $$(CLIENTS)/.$(1)-*; touch $$@
+endef
+$(foreach name,$(CLIENT_ENVS) schemathesis,$(eval $(call client_rule,$(name))))
+
+$(NODE_ENV):
+	@mkdir -p $(CLIENTS)/node
+	@if command -v npm >/dev/null; then \
+	    cp tests/clients/requirements/package*.json $(CLIENTS)/node/; \
+	    cd $(CLIENTS)/node && npm ci --no-audit --no-fund --loglevel=error; \
+	else \
+	    echo "no npm: the clients for Node will be skipped"; \
+	fi
+	@rm -f $(CLIENTS)/.node-*; touch $@
+
+clients: setup $(foreach name,$(CLIENT_ENVS),$(call client_env,$(name))) $(NODE_ENV)
+	$(PY) -m pytest tests/clients/run_clients.py -k '$(ONLY)'
+
 guided: setup
 	$(PY) -m aserve.bench.guided
 
@@ -186,4 +218,4 @@ readme: $(INSTALLED)
 	    page.write_text(re.sub(marks, lambda m: m[1] + table + m[2], page.read_text(), flags=re.S))'
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) aserve/_lib build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) $(CLIENTS) aserve/_lib build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

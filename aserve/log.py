@@ -32,11 +32,15 @@ class LineFormatter(logging.Formatter):
 
     def __init__(self) -> None:
         super().__init__("%(levelname)s %(asctime)s %(name)s: %(message)s", "%m-%d %H:%M:%S")
+        self._second = (-1, "")
 
     def format(self, record: logging.LogRecord) -> str:
         # Not the base class's: it reuses the traceback that any handler before it left in the record.
         record.message = record.getMessage()
-        record.asctime = self.formatTime(record, self.datefmt)
+        second = int(record.created)
+        if self._second[0] != second:
+            self._second = second, self.formatTime(record, self.datefmt)
+        record.asctime = self._second[1]
         lines = [escape(self.formatMessage(record))]
         if record.exc_info:
             lines += self._indented(self.formatException(record.exc_info))
@@ -120,13 +124,13 @@ class RequestLog:
             return
         if self.max_log_len is None:
             asked = [f"{name} {getattr(params, name)}" for name in _ASKED if hasattr(params, name)]
-            self._logger.info(
+            self._write(
                 "accepted %s: %s",
                 escape(request_id),
                 ", ".join([f"{len(prompt_token_ids)} prompt tokens", *asked]),
             )
             return
-        self._logger.info(
+        self._write(
             "accepted %s: prompt: %s, params: %s, prompt_token_ids: %s, lora_request: %s",
             escape(request_id),
             shorten(prompt, self.max_log_len),
@@ -141,7 +145,7 @@ class RequestLog:
             return
         times = (("queued", "queue_seconds"), ("first token", "first_token_seconds"), ("total", "seconds"))
         shown = [f"{name} {facts[key]:.3f} s" for name, key in times if facts[key] is not None]
-        self._logger.info(
+        self._write(
             "ended %s: %s; %d prompt (%d cached) + %d generated tokens; %s",
             escape(facts["id"]),
             escape(cause),
@@ -149,6 +153,12 @@ class RequestLog:
             facts["cached_tokens"],
             facts["generated_tokens"],
             ", ".join(shown),
+        )
+
+    def _write(self, message: str, *args: Any) -> None:
+        # Logger.info would look through the stack for its caller, which no line shows.
+        self._logger.handle(
+            logging.LogRecord(self._logger.name, logging.INFO, __file__, 0, message, args, None)
         )
 
 

@@ -148,6 +148,12 @@ class ServerArgs:
         help="Seconds without a finished step, while requests wait, after which health is 503. "
         "Longer than the longest step.",
     )
+    otlp_traces_endpoint: str | None = arg(
+        None,
+        group=_SERVER,
+        help="Address of a collector's OTLP/HTTP receiver, such as http://localhost:4318/v1/traces: requests "
+        "are traced. Needs the extra aserve[otel].",
+    )
 
     def take_environment(self) -> None:
         """Replaces the API keys by the one in the environment, if there is one."""
@@ -182,6 +188,7 @@ class ServerArgs:
             raise ConfigError(
                 f"stall_timeout must be seconds above 0, got {self.stall_timeout}", param="stall_timeout"
             )
+        self.otlp_traces_endpoint = self.otlp_traces_endpoint or None
         if self.max_body_size < 1:
             raise ConfigError(
                 f"max_body_size must be at least 1, got {self.max_body_size}", param="max_body_size"

@@ -92,6 +92,8 @@ class AsyncLLMEngine(EngineLife):
             request_id, prompt=text, prompt_token_ids=ids, params=params, lora_request=lora_request
         )
         engine.queue(group, kind, mailbox.put, mailbox)
+        if engine.output.tracer is not None:
+            engine.output.tracer.began(request_id)
         self._idle.clear()
         self._work.set()
         return OutputStream(request_id, mailbox, self._abort_now)

@@ -20,6 +20,7 @@ from aserve.messages.inputs import (
     RequestOptions,
 )
 from aserve.messages.params import SamplingParams
+from aserve.tokenizer.quick import quick_encoder
 
 _MASK64 = (1 << 64) - 1
 
@@ -42,6 +43,8 @@ class InputProcessor:
         self._lock = threading.Lock()
         self._longest_piece: int | None = None
         self._fast = tokenizer is not None and tokenizer.is_fast
+        fast = tokenizer if self._fast else None
+        self._quick = None if fast is None else quick_encoder(fast.backend_tokenizer)
         # Not a bound method: the compiler's thread must not keep the engine alive.
         vocab_size = config.model.vocab_size
         self.guides = GrammarCompiler(config.decoding, lambda: read_vocabulary(tokenizer, vocab_size))
@@ -96,6 +99,10 @@ class InputProcessor:
         if self._fast:
             # The wrapper resets truncation and padding on every call, which is not thread-safe; the
             # tokenizer beneath it only reads.
+            if self._quick is not None:
+                ids = self._quick.encode(text, add_special_tokens)
+                if ids is not None:
+                    return ids
             backend = self.tokenizer.backend_tokenizer
             return list(backend.encode(text, add_special_tokens=add_special_tokens).ids)
         with self._lock:
@@ -168,9 +175,7 @@ class InputProcessor:
             raise InvalidRequestError("the prompt is empty", param="prompt")
         vocab_size = self._config.model.vocab_size
         # Bounds first: a full scan with messages is needed only for a prompt that fails them.
-        if any(type(token) is not int for token in token_ids) or not (
-            min(token_ids) >= 0 and max(token_ids) < vocab_size
-        ):
+        if set(map(type, token_ids)) != {int} or not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
             raise InvalidRequestError(
                 f"token ids must be integers from 0 to {vocab_size - 1}", param="prompt_token_ids"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aserve.core.beam_state import unrolled
 from aserve.core.scheduler import Commit, Scheduler, TokenUpdate
@@ -31,6 +31,8 @@ from aserve.tokenizer.stop import StopChecker
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from aserve.messages.params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +100,18 @@ class TokenPieces:
         return piece
 
 
+class Tracer(Protocol):
+    """Is told when requests begin and end."""
+
+    def began(self, request_id: str) -> None:
+        """A request was queued, in the task of its caller."""
+
+    def ended(self, cause: str, params: SamplingParams | None, facts: dict[str, Any]) -> None:
+        """It has ended, for a ``cause`` as :meth:`aserve.log.RequestLog.ended` takes it. params: None if it
+        asked for a vector. facts: as ``engine.report`` makes them, with its ``arrival_time`` and the
+        ``finish_reasons`` of its sequences."""
+
+
 class OutputProcessor:
     """Turns committed steps into outputs.
 
@@ -112,6 +126,7 @@ class OutputProcessor:
         self._pieces = TokenPieces(tokenizer) if tokenizer is not None else None
         self.states: dict[str, RequestState] = {}
         self.request_log = RequestLog(enabled=False)
+        self.tracer: Tracer | None = None
 
     def set_tokenizer(self, tokenizer: Any | None) -> None:
         self._tokenizer = tokenizer
@@ -210,9 +225,26 @@ class OutputProcessor:
                 self._emit_vector(pooled, vector, now)
 
     def log_end(self, cause: str, group: SequenceGroup) -> None:
-        """The one line that every request ends with."""
+        """The one line that every request ends with, and its span."""
+        if self.tracer is not None:
+            self._trace_end(self.tracer, cause, group)
         if self.request_log.active:
             self.request_log.ended(cause, facts(group, time.time()))
+
+    @staticmethod
+    def _trace_end(tracer: Tracer, cause: str, group: SequenceGroup) -> None:
+        try:
+            tracer.ended(
+                cause,
+                group.params if group.pooling is None else None,
+                facts(group, time.time())
+                | {
+                    "arrival_time": group.arrival_time,
+                    "finish_reasons": [seq.finish_reason for seq in group.seqs if seq.finish_reason],
+                },
+            )
+        except Exception as error:  # a request must not fail for what is only told about it
+            logger.error("request %s: its span could not be made", group.request_id, exc_info=error)
 
     def _give_up(self, state: RequestState, what: str, error: Exception) -> None:
         """Ends one request whose output cannot be made; nobody else's is touched."""

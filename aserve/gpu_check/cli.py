@@ -6,6 +6,7 @@ import argparse
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from aserve.errors import AserveError, ConfigError
@@ -44,15 +45,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit status."""
+    begun = time.monotonic()
     options = parser().parse_args(argv)
     try:
-        return check(options)
+        return check(options, begun)
     except AserveError as error:
         print(f"aserve gpu-check: {error}", file=sys.stderr)
         return 2
 
 
-def check(options: argparse.Namespace) -> int:
+def check(options: argparse.Namespace, begun: float) -> int:
     from aserve.gpu_check import cases, children, plan, table
     from aserve.gpu_check.machine import Machine, open_machine
     from aserve.gpu_check.options import Options
@@ -79,7 +81,8 @@ def check(options: argparse.Namespace) -> int:
     about["commit"] = options.commit or _commit()
     results = Results(Path(options.output), about, dry)
     try:
-        left_out = plan.run(plan.chosen(only), Options(dry, seed, ops), options.seconds, opened, results)
+        until = begun + options.seconds
+        left_out = plan.run(plan.chosen(only), Options(dry, seed, ops), until, opened, results)
     finally:
         results.close()
     print(table.render(about, results.rows, left_out, dry))

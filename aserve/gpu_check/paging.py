@@ -13,7 +13,7 @@ from aserve.attention.base import AttentionMetadata, KVCache
 
 @dataclass(frozen=True)
 class Case:
-    """rows: (tokens of this step, sequence length). slopes: use ALiBi."""
+    """rows: (tokens of this step, sequence length). slopes: use ALiBi. spare: table columns no row needs."""
 
     rows: tuple[tuple[int, int], ...]
     heads: int = 4
@@ -23,6 +23,7 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     slopes: bool = False
+    spare: int = 2
 
     def __str__(self) -> str:
         extras = "".join(
@@ -31,6 +32,7 @@ class Case:
             if value
         )
         rows = ",".join(f"{tokens}/{length}" for tokens, length in self.rows)
+        extras += f"-spare{self.spare}" if self.spare != 2 else ""
         return f"{rows}-h{self.heads}/{self.kv_heads}x{self.head_size}-b{self.block_size}{extras}"
 
 
@@ -92,7 +94,7 @@ def make(
     random = torch.Generator(device).manual_seed(seed)
     most = [-(-length // case.block_size) for _, length in (room or case).rows]
     counts = [-(-length // case.block_size) for _, length in case.rows]
-    total, widest = sum(most) + 3, max(most) + 2
+    total, widest = sum(most) + 3, max(most) + case.spare
     order = torch.randperm(total, generator=random, device=device).int()
     # Ids past a row's end are arbitrary.
     tables = torch.randint(

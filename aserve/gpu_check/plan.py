@@ -58,13 +58,13 @@ def chosen(only: tuple[str, ...]) -> list[Phase]:
 
 
 def run(
-    phases: list[Phase], options: Options, seconds: float, opened: Callable[[], Machine], results: Results
+    phases: list[Phase], options: Options, until: float, opened: Callable[[], Machine], results: Results
 ) -> list[str]:
-    """Runs the phases; the names of units that the time did not suffice for.
+    """Runs the phases until that moment of ``time.monotonic``; the names of units that it came too soon for.
 
     A phase may take its share of the time and what the phases before it left; never the later ones' shares.
     """
-    ends = time.monotonic() + seconds
+    seconds = until - time.monotonic()
     total = sum(phase.share for phase in phases)
     left_out: list[str] = []
     for at, phase in enumerate(phases):
@@ -76,7 +76,7 @@ def run(
         if options.dry:  # on whatever else the machine does
             units = [replace(unit, seconds=DRY_PATIENCE * unit.seconds) for unit in units]
         begun = time.monotonic()
-        outcome = children.run(units, opened, ends - later, results.put)
+        outcome = children.run(units, opened, until - later, results.put)
         results.put(
             {
                 "kind": "phase",

@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 from quart import Quart, Request, Response, request
+from quart.ctx import RequestContext
+from quart.globals import request_ctx
 from quart.json.provider import JSONProvider
+from quart.sessions import NullSession
+from werkzeug.routing import MapAdapter
 
 from aserve.errors import AserveError
 from aserve.server import admin_api, errors, openapi, ops_api
@@ -21,13 +25,15 @@ from aserve.server.anthropic import messages
 from aserve.server.connection import Connection, Exchanges
 from aserve.server.keys import KeyRing
 from aserve.server.openai import chat, completions, embeddings, models, responses, tokenization
+from aserve.server.request import ServerRequest, is_coroutine_function
 from aserve.server.security import Cors, HttpMiddleware, KeyGuard, check_head, load_middleware
 from aserve.server.service import Service, client_request_id, new_id
+from aserve.server.tracing import RequestTraces, check_endpoint, exporter_to
 from aserve.tokenizer.chat import resolve_chat_template
 
 if TYPE_CHECKING:
-    from quart.ctx import RequestContext
     from quart.typing import ResponseTypes
+    from quart.wrappers.base import BaseRequestWebsocket
 
     from aserve.args import AsyncEngineArgs
     from aserve.config.server import ServerArgs
@@ -54,11 +60,26 @@ class App(Quart):
     """Quart with coroutine middleware ``(request, call_next)`` around its dispatch."""
 
     asgi_http_class = Connection
+    request_class = ServerRequest
     json_provider_class = OrjsonProvider
 
     def __init__(self, name: str) -> None:
         super().__init__(name, static_folder=None)
         self.http_middleware: list[HttpMiddleware] = []
+        self._no_session = NullSession()
+
+    def request_context(self, request: Request) -> RequestContext:
+        return RequestContext(self, request, self._no_session)
+
+    def create_url_adapter(self, request: BaseRequestWebsocket | None) -> MapAdapter | None:
+        # No route depends on the host, so what a client says of it is not looked at.
+        if request is None:
+            return super().create_url_adapter(None)
+        path, query = request.path, request.query_string.decode("latin-1")
+        return MapAdapter(self.url_map, "", "/", "", request.scheme, path, request.method, query)
+
+    def ensure_async(self, func: Any) -> Any:
+        return func if is_coroutine_function(func) else super().ensure_async(func)
 
     async def full_dispatch_request(self, request_context: RequestContext | None = None) -> ResponseTypes:
         dispatch = super().full_dispatch_request
@@ -70,7 +91,7 @@ class App(Quart):
         for middleware in self.http_middleware:
             call = _around(middleware, call, self.make_response)
         try:
-            return cast("ResponseTypes", await call(request._get_current_object()))  # type: ignore[attr-defined]
+            return cast("ResponseTypes", await call((request_context or request_ctx).request))
         except Exception as error:  # a middleware's own failure; those of views are answered inside
             return await self.make_response(await self.handle_user_exception(error))
 
@@ -114,6 +135,7 @@ def create_app(
         log_requests=engine_args is None or not engine_args.disable_log_requests,
         on_fatal=on_fatal or _exit,
         on_loaded=on_loaded,
+        traced_by=_tracing(server_args.otlp_traces_endpoint),
     )
     app.extensions["aserve"] = shared
     app.extensions["exchanges"] = Exchanges()
@@ -154,9 +176,23 @@ def _add_hooks(app: App, args: ServerArgs, keys: KeyRing, shared: Service) -> No
             shared.count_error(response.status_code)
         return response
 
+    async def note_caller() -> None:
+        if shared.traces is not None:
+            shared.traces.note_caller(request.headers, request.path)
+
+    if args.otlp_traces_endpoint is not None:
+        app.before_request(note_caller)
     app.after_request(count)
     app.after_request(cors.annotate)
     app.after_request(identify)
+
+
+def _tracing(endpoint: str | None) -> Callable[[str], RequestTraces] | None:
+    """What makes the traces of a model's requests. ConfigError: they cannot be sent there."""
+    if endpoint is None:
+        return None
+    check_endpoint(endpoint)
+    return lambda model: RequestTraces(exporter_to(endpoint), model)
 
 
 def _add_middleware(app: App, paths: list[str]) -> None:

@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterable, Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 import anyio
 from quart import Response
 from quart.asgi import ASGIHTTPConnection
+from quart.utils import encode_headers
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.event import ensure_bytes
 from sse_starlette.sse import SendTimeoutError
 
-from aserve.server.direct import ChunkWriter, LiveEvents, writer_behind
+from aserve.server.direct import ChunkWriter, LiveEvents, exchange_behind, writer_behind
+from aserve.server.request import RequestHeaders
 
 if TYPE_CHECKING:
     from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, HTTPScope
-    from quart import Quart
+    from quart import Quart, Request
     from quart.typing import ResponseTypes
+
+    from aserve.server.exchange import Exchange
 
 PING_SECONDS = 15.0
 SEND_TIMEOUT = 30.0
@@ -68,13 +73,49 @@ class EventStream(Response):
         self.ping = ping
         self.send_timeout = send_timeout
 
-    def source(self, writer: ChunkWriter | None = None) -> EventSourceResponse:
-        """The ASGI application that sends it; what ``writer`` can take goes past it."""
+    async def send_to(self, scope: Any, send: Any, writer: ChunkWriter | None = None) -> None:
+        """Sends it; events that ``writer`` can take go straight to it."""
         events = self.events
-        on_slow: Callable[[], None] = self.on_close
-        if isinstance(events, LiveEvents):
-            on_slow = events.give_up
-            events = events.plain() if writer is None else events.direct(writer)
+        if not isinstance(events, LiveEvents):
+            await self.source(events, self.on_close)(scope, anyio.sleep_forever, send)
+        elif writer is None or scope["method"] == "HEAD":
+            await self.source(events.plain(), events.give_up)(scope, anyio.sleep_forever, send)
+        else:
+            await self._send_live(events, send, writer)
+
+    async def _send_live(self, live: LiveEvents, send: Any, writer: ChunkWriter) -> None:
+        """sse-starlette comes in where there is something to wait for: a silent engine, a slow client."""
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        source: _Source | None = None
+        pings: asyncio.Task[None] | None = None
+
+        def begin() -> None:
+            nonlocal pings
+            pings = asyncio.create_task(self.source(live.plain(), live.give_up).pings(send))
+            pings.add_done_callback(lambda pings: None if pings.cancelled() else task.cancel())
+
+        timer = asyncio.get_running_loop().call_later(self.ping, begin) if self.ping > 0 else None
+        try:
+            head = encode_headers(self.headers)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": head})
+            async for data in live.direct(writer):
+                source = source or self.source(live.plain(), live.give_up)
+                await source.send_event(send, data)
+            if pings is not None:
+                pings.cancel()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except asyncio.CancelledError:
+            if pings is None or not pings.done() or task.uncancel():
+                raise
+            pings.result()  # a ping that nobody read for too long has ended the stream
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if pings is not None:
+                pings.cancel()
+
+    def source(self, events: AsyncIterable[bytes], on_slow: Callable[[], None]) -> _Source:
+        """The ASGI application that sends ``events``; ``on_slow`` is called if the client does not read."""
         return _Source(
             on_slow,
             events,
@@ -98,6 +139,10 @@ class _Source(EventSourceResponse):
         super().__init__(*args, **options)
         self._on_slow = on_slow
 
+    async def send_event(self, send: Any, data: bytes) -> None:
+        """Sends one event to a client that may take its time."""
+        await self._send_with_timeout(send, {"type": "http.response.body", "body": data, "more_body": True})
+
     async def _send_with_timeout(self, send: Any, message: Any) -> None:
         try:
             await super()._send_with_timeout(send, message)
@@ -115,7 +160,7 @@ class _Source(EventSourceResponse):
 
         def begin() -> None:
             nonlocal pings
-            pings = loop.create_task(self._pings(send))
+            pings = loop.create_task(self.pings(send))
             pings.add_done_callback(lambda _: stream.cancel())
 
         try:
@@ -131,7 +176,7 @@ class _Source(EventSourceResponse):
             if pings is not None:
                 pings.cancel()
 
-    async def _pings(self, send: Any) -> None:
+    async def pings(self, send: Any) -> None:
         message = {"type": "http.response.body", "body": ensure_bytes(_ping(), "\n"), "more_body": True}
         async with self._send_lock:
             if self.active:
@@ -155,7 +200,68 @@ class Connection(ASGIHTTPConnection):
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         exchanges: Exchanges = self.app.extensions["exchanges"]
         request = self._create_request_from_scope(send)
+        exchange = exchange_behind(send)
         exchanges.begin()
+        try:
+            if exchange is not None and receive == exchange.receive:
+                await self._handle_here(exchange, request, send)
+            else:
+                await self._handle_beside_reader(request, receive, send)
+        finally:
+            exchanges.end()
+
+    def _create_request_from_scope(self, send: ASGISendCallable) -> Request:
+        scope, config = self.scope, self.app.config
+        headers = [("Remote-Addr", (scope.get("client") or ["<local>"])[0])]
+        headers += [
+            (name.decode("latin-1").title(), value.decode("latin-1")) for name, value in scope["headers"]
+        ]
+        found = RequestHeaders(headers)
+        if scope["http_version"] < "1.1":
+            found.setdefault("Host", config["SERVER_NAME"] or "")
+        return self.app.request_class(
+            scope["method"],
+            scope["scheme"],
+            scope["path"],
+            scope["query_string"],
+            found,
+            scope["root_path"],
+            scope["http_version"],
+            scope,
+            max_content_length=config["MAX_CONTENT_LENGTH"],
+            body_timeout=config["BODY_TIMEOUT"],
+            send_push_promise=partial(self._send_push_promise, send),
+        )
+
+    async def _handle_here(self, exchange: Exchange, request: Request, send: ASGISendCallable) -> None:
+        """Handles a request whose messages come as calls."""
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        gone = False
+
+        def take(message: Any) -> None:
+            nonlocal gone
+            if message["type"] == "http.request":
+                request.body.append(message["body"])
+                if not message["more_body"]:
+                    request.body.set_complete()
+            elif not (gone or done or exchange.answered):
+                gone = True
+                task.cancel()
+
+        done = False
+        exchange.hand_to(take)
+        try:
+            await self.handle_request(request, send)
+        except asyncio.CancelledError:
+            if not gone or task.uncancel():
+                raise
+        finally:
+            done = True
+
+    async def _handle_beside_reader(
+        self, request: Request, receive: ASGIReceiveCallable, send: ASGISendCallable
+    ) -> None:
+        """The same with a task that reads ``receive``."""
         with anyio.CancelScope() as scope:
             # The only reader of `receive`: the server delivers `http.disconnect` once.
             reader = asyncio.create_task(self.handle_messages(request, receive))
@@ -163,7 +269,6 @@ class Connection(ASGIHTTPConnection):
             try:
                 await self.handle_request(request, send)
             finally:
-                exchanges.end()
                 reader.cancel()
 
     async def _send_response(self, send: ASGISendCallable, response: ResponseTypes) -> None:
@@ -171,7 +276,7 @@ class Connection(ASGIHTTPConnection):
             # A disconnect reaches the stream as cancellation, so it gets a `receive` that says nothing.
             writer = None if "Content-Length" in response.headers else writer_behind(send, self.scope)
             try:
-                await response.source(writer)(self.scope, anyio.sleep_forever, send)  # type: ignore[arg-type]
+                await response.send_to(self.scope, send, writer)
             finally:
                 response.on_close()
         else:

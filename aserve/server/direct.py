@@ -18,11 +18,9 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hypercorn.asyncio.tcp_server import TCPServer
-from hypercorn.protocol.h11 import H11Protocol
-from hypercorn.protocol.http_stream import HTTPStream
-
 from aserve.server.errors import error_event
+from aserve.server.exchange import Exchange
+from aserve.server.pipelining import ReadingH11Protocol
 from aserve.server.sse import DONE
 
 if TYPE_CHECKING:
@@ -78,16 +76,17 @@ def writer_behind(send: Any, scope: Any) -> ChunkWriter | None:
     """A writer to the connection that the ASGI callable ``send`` belongs to, if that is possible."""
     if scope.get("http_version") != "1.1" or scope.get("method") == "HEAD":
         return None  # h11 frames such bodies otherwise, or not at all
+    stream = exchange_behind(send)
+    protocol = getattr(stream.send, "__self__", None) if stream is not None else None
+    if not isinstance(protocol, ReadingH11Protocol) or protocol.transport is None:
+        return None
+    return ChunkWriter(protocol.transport)
+
+
+def exchange_behind(send: Any) -> Exchange | None:
+    """The exchange that the ASGI callable ``send`` belongs to, if it is one of ours."""
     stream = getattr(send, "__self__", None)
-    if not isinstance(stream, HTTPStream) or send != stream.app_send:
-        return None
-    protocol = getattr(stream.send, "__self__", None)
-    if not isinstance(protocol, H11Protocol):
-        return None
-    server = getattr(protocol.send, "__self__", None)
-    if not isinstance(server, TCPServer):
-        return None
-    return ChunkWriter(server.writer.transport)
+    return stream if isinstance(stream, Exchange) and send == stream.app_send else None
 
 
 class Call(Protocol):
@@ -154,6 +153,7 @@ class LiveEvents:
             return
         self._writer, self._stream = writer, stream
         stream.listen(self._changed)
+        last = b""
         try:
             while True:
                 if stream.quiet:
@@ -165,12 +165,15 @@ class LiveEvents:
                 except StopAsyncIteration:
                     break
                 data = self._call.events_of(0, output)
+                if output.finished:  # what ends the stream goes with it
+                    last = data
+                    break
                 if data and not writer.write(data):
                     yield data
-            last = self._call.ending()
+            last += self._call.ending()
         except Exception as error:  # after the head, every failure is an event
             self._streams.close("error")
-            last = self._tell(error)
+            last += self._tell(error)
         finally:
             stream.listen(None)
             self._streams.close()

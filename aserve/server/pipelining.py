@@ -16,14 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 import h11
 import hypercorn.protocol as hypercorn_protocol
-from hypercorn.events import Closed, RawData
-from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.asyncio.tcp_server import TCPServer
+from hypercorn.events import Closed, RawData, Updated
+from hypercorn.protocol.events import Request
+from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
+
+from aserve.server.exchange import Exchange
 
 if TYPE_CHECKING:
     from hypercorn.events import Event
 
 HEADER_SECONDS = 20.0
 """Seconds a request's head may take from its first byte to its last."""
+
+ENOUGH = 32 * 1024
+"""Bytes on their way to the socket with which an answer waits for its client to read."""
 
 MAX_PIPELINED = 256 * 1024
 """Bytes a client may send ahead of the answer it waits for; more closes the connection."""
@@ -65,15 +72,43 @@ class ReadingH11Protocol(H11Protocol):
         self._buffered = 0
         self._order = asyncio.Lock()
         self._deadline: asyncio.TimerHandle | None = None
+        self._idle: asyncio.TimerHandle | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self.to_server = self.send
+        self.send = self._pass_on
 
     async def initiate(self) -> None:
         table.add(self)
         await super().initiate()
 
+    async def _pass_on(self, event: Event) -> None:
+        """Hands an event to the server, which need not hear of every request's begin and end.
+
+        It makes a task for the time a connection may be idle, and stops it again, each time.
+        """
+        if not isinstance(event, Updated):
+            await self.to_server(event)
+        elif event.idle:
+            keep = self.config.keep_alive_timeout
+            self._idle = asyncio.get_running_loop().call_later(keep, self.drop)
+        elif self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
+        elif self._watcher is None:
+            await self.to_server(event)
+            self._watcher = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """Ends the connection with the server, unless a request is being answered on it."""
+        await self.context.terminated.wait()
+        if self._idle is not None:
+            await self._drop()
+
     async def handle(self, event: Event) -> None:
         if not isinstance(event, RawData):
             table.remove(self)
             self._stop_clock()
+            self._forget()
             await super().handle(event)
             return
         if self._paused:
@@ -119,6 +154,14 @@ class ReadingH11Protocol(H11Protocol):
             self._deadline.cancel()
             self._deadline = None
 
+    def _forget(self) -> None:
+        """Stops whatever waits for an end that has come."""
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
+        if self._watcher is not None and self._watcher is not asyncio.current_task():
+            self._watcher.cancel()
+
     def drop(self) -> None:
         """Closes the connection, on which no request is being answered."""
         self.task_group.spawn(self._drop)
@@ -129,7 +172,54 @@ class ReadingH11Protocol(H11Protocol):
 
     async def _create_stream(self, request: h11.Request) -> None:
         table.busy(self)
-        await super()._create_stream(request)
+        if any(name == b"upgrade" for name, _ in request.headers):  # of which a WebSocket may come
+            await super()._create_stream(request)
+            return
+        self.stream = Exchange(
+            self.app,
+            self.config,
+            self.context,
+            self.task_group,
+            self.ssl,
+            self.client,
+            self.server,
+            self.stream_send,
+            STREAM_ID,
+        )
+        raw = self.config.h11_pass_raw_headers
+        await self.stream.handle(
+            Request(
+                stream_id=STREAM_ID,
+                headers=request.headers.raw_items() if raw else list(request.headers),
+                http_version=request.http_version.decode(),
+                method=request.method.decode("ascii").upper(),
+                raw_path=request.target,
+                state=self.connection_state,
+            )
+        )
+        self.keep_alive_requests += 1
+        await self.context.mark_request()
+
+    async def _send_h11_event(self, event: Any) -> None:
+        transport = self.transport
+        if transport is None or transport.is_closing() or transport.get_write_buffer_size() > ENOUGH:
+            await super()._send_h11_event(event)
+            return
+        # It would not have to wait for the client: the locks and the waiting can be left out.
+        try:
+            data = self.connection.send(event)
+        except h11.LocalProtocolError:
+            if self.connection.their_state != h11.ERROR:
+                raise
+        else:
+            if data:
+                transport.write(data)
+
+    @property
+    def transport(self) -> asyncio.WriteTransport | None:
+        """What writes to the socket, if the server is the one that is known."""
+        server = getattr(self.to_server, "__self__", None)
+        return server.writer.transport if isinstance(server, TCPServer) else None
 
     async def _maybe_recycle(self) -> None:
         table.idle(self)

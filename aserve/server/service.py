@@ -20,6 +20,7 @@ from aserve.server.openai.tools.plan import check_at_start
 if TYPE_CHECKING:
     from aserve.config.server import ServerArgs
     from aserve.engine.async_engine import AsyncLLMEngine
+    from aserve.server.tracing import RequestTraces
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Service:
 
     on_fatal: called once, from the event loop, if the engine cannot be loaded.
     on_loaded: called once, likewise, when it is.
+    traced_by: makes the traces of a model's requests from its name; they are not traced without.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Service:
         log_requests: bool = True,
         on_fatal: Callable[[], None] | None = None,
         on_loaded: Callable[[], None] | None = None,
+        traced_by: Callable[[str], RequestTraces] | None = None,
     ) -> None:
         self.args = args
         self.chat_template = chat_template
@@ -70,6 +73,8 @@ class Service:
         self.engine: AsyncLLMEngine | None = None
         self.on_fatal = on_fatal
         self.on_loaded = on_loaded
+        self._traced_by = traced_by
+        self.traces: RequestTraces | None = None
         self.load_error: BaseException | None = None
         self.draining: str | None = None
         self.courier = Courier()
@@ -95,6 +100,9 @@ class Service:
 
     async def _load(self, engine: AsyncLLMEngine) -> None:
         await engine.start()
+        if self._traced_by is not None and engine.engine is not None:
+            self.traces = self._traced_by(engine.model_config.served_model_name[0])
+            engine.engine.output.tracer = self.traces
         check_at_start(
             await engine.get_tokenizer(),
             self.chat_template,
@@ -137,6 +145,8 @@ class Service:
             await asyncio.wait([self._loading])
         if self.engine is not None:
             await self.engine.stop()
+        if self.traces is not None:
+            await asyncio.to_thread(self.traces.close)
 
     @property
     def loaded(self) -> bool:

@@ -120,6 +120,7 @@ SERVER: dict[str, Any] = {
     "strict_fields": False,
     "drain_timeout": 30.0,
     "max_body_size": 16 * 1024 * 1024,
+    "otlp_traces_endpoint": None,
 }
 CHOICES: dict[str, list[Any]] = {
     "--tool-call-parser": ["hermes", "llama3-json", "mistral", "pythonic"],

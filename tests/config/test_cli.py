@@ -131,6 +131,7 @@ SERVER_FLAGS: list[tuple[str, list[str], Any]] = [
     ("max_body_size", ["1000"], 1000),
     ("stall_timeout", ["9.5"], 9.5),
     ("api_key_file", ["keys"], "keys"),
+    ("otlp_traces_endpoint", ["http://a:4318/v1/traces"], "http://a:4318/v1/traces"),
 ]
 TLS_FLAGS = {"ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs"}
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -119,31 +120,27 @@ def test_a_conversation_with_a_result(client: OpenAI) -> None:
     assert whole.message.tool_calls is None
 
 
-def test_what_nobody_could_read_is_refused(client: OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="--tool-call-parser"):
-        client.chat.completions.create(model=MODEL, messages=ASK, tools=[WEATHER])
+def test_tools_that_make_no_sense_are_refused(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="tools"):
         bad = {"type": "object", "properties": {"a": {"type": "no such type"}}}
         tool: Any = {"type": "function", "function": {"name": "f", "parameters": bad}}
         client.chat.completions.create(model=MODEL, messages=ASK, tools=[tool], tool_choice="required")
 
 
-def test_auto_with_a_parser_by_name() -> None:
+def test_auto_without_a_flag(server: Server, client: OpenAI) -> None:
     """Whatever a model of this size makes of the tools, streamed and whole answers are the same."""
-    with (
-        Server("--dtype", "float32", "--tool-call-parser", "hermes", "--enable-auto-tool-choice") as server,
-        OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60) as client,
-    ):
-        assert "with the parser hermes" in server.log
-        whole, streamed = both(client, tools=[WEATHER])
-        assert whole.message.content or whole.message.tool_calls
-        assert calls_of(streamed) == calls_of(whole)
-        assert streamed.message.content == whole.message.content
-        assert streamed.finish_reason == whole.finish_reason
+    assert "with the parser hermes" in server.log
+    whole, streamed = both(client, tools=[WEATHER])
+    assert whole.message.content or whole.message.tool_calls
+    assert calls_of(streamed) == calls_of(whole)
+    assert streamed.message.content == whole.message.content
+    assert streamed.finish_reason == whole.finish_reason
 
 
-def test_enabling_auto_needs_a_parser() -> None:
-    flags = ("--enable-auto-tool-choice", "--port", "0", "--host", "127.0.0.1")
+def test_enabling_auto_needs_a_parser(tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ tools }}{{ messages }}")
+    flags = ("--enable-auto-tool-choice", "--port", "0", "--host", "127.0.0.1", "--chat-template", template)
     ended = subprocess.run(
         [sys.executable, "-m", "aserve", "serve", MODEL, *flags],
         capture_output=True,

@@ -1,4 +1,7 @@
-"""The engine on this device: what it generates, and how fast."""
+"""The engine on this device: what it generates, and how fast.
+
+The engine is imported where a unit runs: without its dependencies the other phases still run.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from typing import Any
 
 import torch
 
-from aserve.gpu_check import models
 from aserve.gpu_check.children import Unit
 from aserve.gpu_check.machine import Machine
 from aserve.gpu_check.options import Options
@@ -71,13 +73,15 @@ def _agreement(dtype: str, options: Options) -> Unit:
     count, length, new = (3, 24, 12) if options.dry else (16, 96, 96)
 
     def run(machine: Machine, folder: Path) -> Iterator[Row]:
+        from aserve.gpu_check import models
+
         model = models.write_small(folder / "small", dtype, options.seed % 1000)
         random = torch.Generator().manual_seed(options.seed)
         prompts = [torch.randint(3, 1024, (length + at,), generator=random).tolist() for at in range(count)]
-        outputs = {
-            "graph": _greedy(machine, model, False, dtype, prompts, new),
-            "eager": _greedy(machine, model, True, dtype, prompts, new),
-        }
+        outputs = {}
+        for mode, eager in (("graph", False), ("eager", True)):
+            outputs[mode], facts = _greedy(machine, model, eager, dtype, prompts, new)
+            yield _engine(facts, eager, machine)
         oracle = _Oracle(model, machine.device, dtype)
         outputs["transformers"] = [oracle.greedy(prompt, new) for prompt in prompts]
         for one, other in (("graph", "eager"), ("graph", "transformers"), ("eager", "transformers")):
@@ -98,14 +102,24 @@ def _agreement(dtype: str, options: Options) -> Unit:
 
 def _greedy(
     machine: Machine, model: Path, eager: bool, dtype: str, prompts: list[list[int]], new: int
-) -> list[list[int]]:
+) -> tuple[list[list[int]], dict[str, str]]:
+    """The prompts' tokens, and what the engine says it runs on."""
     from aserve.messages.params import SamplingParams
 
     memory = {"num_gpu_blocks_override": 512} if machine.dry else {"gpu_memory_utilization": 0.2}
     params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
     with _open(machine, model, eager, dtype=dtype, max_model_len=512, max_num_seqs=16, **memory) as llm:
         outputs = llm.generate(None, params, prompts, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+        facts = dict(llm.llm_engine.capacity.description)
+    return [list(output.outputs[0].token_ids) for output in outputs], facts
+
+
+def _engine(facts: dict[str, str], eager: bool, machine: Machine) -> Row:
+    """That steps are replayed from graphs where they should be, and by which kernels; a CPU has no graphs."""
+    row: Row = {"engine": facts}
+    if not machine.dry:
+        row["passed"] = (facts["graphs"] == "none") == eager
+    return row
 
 
 class _Oracle:
@@ -146,6 +160,7 @@ def _speed(name: str, eager: bool, options: Options) -> Unit:
 
     def run(machine: Machine, folder: Path) -> Iterator[Row]:
         from aserve.bench import offline
+        from aserve.gpu_check import models
 
         models.register()
         shape = models.SHAPES[name]
@@ -163,6 +178,7 @@ def _speed(name: str, eager: bool, options: Options) -> Unit:
             max_num_batched_tokens=chunk,
             **memory,
         ) as llm:
+            yield _engine(dict(llm.llm_engine.capacity.description), eager, machine)
             offline.generate(llm, 1, prompt, 2)  # first use of every kernel
             for batch in batches:
                 offline.generate(llm, batch, prompt, 2)
@@ -186,6 +202,8 @@ def _speed(name: str, eager: bool, options: Options) -> Unit:
 
 def _decoded(shape: dict[str, Any], mode: str, batch: int, prompt: int, step: float, options: Options) -> Row:
     """A decode step's time beside what its bytes take at the measured copy rate."""
+    from aserve.gpu_check import models
+
     row: Row = {"what": f"decode, batch {batch}, {mode}", "batch": batch, "step_ms": round(step * 1e3, 3)}
     if step <= 0:
         return {**row, "error": "the clock does not resolve a step"}
@@ -205,6 +223,7 @@ def _served(name: str, options: Options) -> Unit:
 
     def run(machine: Machine, folder: Path) -> Iterator[Row]:
         from aserve.bench import load
+        from aserve.gpu_check import models
 
         model = models.write_shape(folder / name, name)
         flags = [

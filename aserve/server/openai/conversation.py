@@ -117,7 +117,7 @@ async def render(
     if tools is not None:
         messages, shown = tools.shown(messages)
     elif any("tool_calls" in message for message in messages):
-        messages, _ = for_template(template_text(tokenizer, template), messages, None, "")
+        messages, _ = for_template(template_text(tokenizer, template), messages)
 
     def work() -> str:
         return render_chat(

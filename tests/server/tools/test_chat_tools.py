@@ -372,6 +372,24 @@ async def test_a_template_that_knows_no_tools_is_helped() -> None:
     assert '[{"name": "<name>"' in engine.tokenizer.conversation[0]["content"]
 
 
+async def test_a_template_that_knows_no_tools_and_auto() -> None:
+    """What the model is told to write, and shown to have written, is what is read."""
+    engine = TellingEngine(CALL, template="{{ messages }}")
+    messages = [*ASK, called('{"city": "Rome"}', "So:"), RESULT]
+    status, answer = await post(engine, {"messages": messages, "tools": [WEATHER]})
+    assert status == 200
+    choice = answer["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "get_weather"
+    system, _, calling, _ = engine.tokenizer.conversation
+    assert '<tool_call>{"name": "<name>"' in system["content"]
+    written = 'So:\n<tool_call>{"name":"get_weather","arguments":{"city":"Rome"}}</tool_call>'
+    assert calling["content"] == written
+    engine = TellingEngine("[clock()]", template="{{ messages }}")
+    status, answer = await post(engine, {"tools": [CLOCK]}, tool_call_parser="pythonic")
+    assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "clock"
+
+
 async def test_marks_that_are_special_tokens_are_kept() -> None:
     engine = TellingEngine(CALL)
     await post(engine, {"tools": [WEATHER]})
@@ -395,7 +413,7 @@ async def test_auto_without_a_parser_is_refused() -> None:
     assert (await post(engine, {"tools": [WEATHER]}, tool_call_parser="hermes"))[0] == 200
 
 
-@pytest.mark.parametrize("template", ["{{ messages }}", HERMES])
+@pytest.mark.parametrize("template", ["{{ messages }}", "{{ tools }}", HERMES])
 async def test_enable_auto_tool_choice_is_checked_at_start(
     template: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -405,7 +423,7 @@ async def test_enable_auto_tool_choice_is_checked_at_start(
     with caplog.at_level("INFO", "aserve"):
         async with app.test_app():
             await until(lambda: app.extensions["aserve"]._settled.is_set())
-    if template == HERMES:
+    if template != "{{ tools }}":
         assert not fatal
         assert "with the parser hermes" in caplog.text
     else:

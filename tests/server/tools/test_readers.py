@@ -313,6 +313,8 @@ def test_nonsense_is_never_an_error(kind: str, parts: list[str], places: list[in
 @example("'\\x41\\u00e9\\U0001F600\\'\\\n'")
 @example("-1_000.5e+3")
 @example("('a', {1: 'b', 'c': ()},)")
+@example("(0)")
+@example("((1, 2), [(3,)], ())")
 def test_literals_are_pythons(text: str) -> None:
     """Whatever is read as a call has the arguments that Python gives it."""
     source = f"[f(a={text})]"

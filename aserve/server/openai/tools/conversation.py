@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
 
 from aserve.server.openai.tools.mistral import short_id, wants_short_ids
+from aserve.server.openai.tools.reader import CallReader
 from aserve.server.openai.tools.request import ToolRequest
 
 
@@ -22,28 +23,35 @@ def takes_calls(template: str | None) -> bool:
 
 
 def for_template(
-    template: str | None, messages: list[dict[str, Any]], tools: ToolRequest | None, how: str
+    template: str | None,
+    messages: list[dict[str, Any]],
+    tools: ToolRequest | None = None,
+    reader: CallReader | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Messages and tools as ``template`` takes them.
 
     Where it knows no tools, the system message, which is made if there is none, ends with a list of
-    them and ``how`` to call one. Where it knows no calls, an assistant's calls are part of its text. Ids of
-    another kind than a template insists on are replaced, the same by the same.
+    them and how to call one for ``reader`` to read. Where it knows no calls, an assistant's calls are part
+    of its text, written in that way too. Ids of another kind than a template insists on are replaced, the
+    same by the same.
     """
     if not takes_calls(template):
-        messages = [_calls_as_text(message) if "tool_calls" in message else message for message in messages]
+        write = CallReader.write if reader is None else reader.write
+        messages = [
+            _calls_as_text(message, write) if "tool_calls" in message else message for message in messages
+        ]
     elif wants_short_ids(template):
         messages = [_with_short_ids(message) for message in messages]
-    if tools is None:
+    if tools is None or reader is None:
         return messages, None
     shown = [function.shown() for function in tools.functions]
     if takes_tools(template):
         return messages, shown
-    return _with_system(messages, _list_of(shown, how)), None
+    return _with_system(messages, _list_of(shown, reader.how)), None
 
 
-def _calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
-    calls = orjson.dumps([call["function"] for call in message["tool_calls"]]).decode()
+def _calls_as_text(message: dict[str, Any], write: Callable[[list[str]], str]) -> dict[str, Any]:
+    calls = write([orjson.dumps(call["function"]).decode() for call in message["tool_calls"]])
     text = message["content"]
     return {"role": message["role"], "content": f"{text}\n{calls}" if text else calls}
 

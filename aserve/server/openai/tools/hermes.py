@@ -18,6 +18,10 @@ class HermesReader(CallReader):
         f'{OPEN}{{"name": "<name>", "arguments": {{<arguments>}}}}{CLOSE}'
     )
 
+    @staticmethod
+    def write(calls: list[str]) -> str:
+        return "\n".join(f"{OPEN}{call}{CLOSE}" for call in calls)
+
     def read(self) -> Reading[None]:
         close_due = False
         while (marker := (yield from self.text_until(OPEN, CLOSE))) is not None:

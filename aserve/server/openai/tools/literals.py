@@ -1,6 +1,7 @@
 """Python's literals as they come, handed on as JSON: strings, numbers, words, lists, tuples and dicts.
 
-JSON's own words are taken as well. Bytes, sets, joined strings and expressions raise MalformedError. Source:
+JSON's own words are taken as well. Bytes, sets, joined strings and expressions, a value in brackets
+among them, raise MalformedError. Source:
 "Lexical analysis" in the Python language reference.
 """
 
@@ -17,7 +18,9 @@ _WORD = re.compile(r"[A-Za-z]+")
 _IN_NUMBERS = re.compile(r"[-+.0-9eE_]+")
 _NUMBER = re.compile(r"(-?)\+?(\d+(?:_\d+)*)?(?:\.(\d+(?:_\d+)*)?)?(?:[eE]([+-]?\d+))?", re.ASCII)
 _WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
-_CLOSING = {"[": "]", "(": ")", "{": "}"}
+_LONE = "(1"
+"""A bracket that holds one value and, so far, no comma: only the comma makes it a tuple."""
+_CLOSING = {"[": "]", "(": ")", _LONE: ")", "{": "}"}
 _SIMPLE = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v", "a": "\a", "0": "\0"}
 _SIMPLE |= {character: character for character in "\\'\""} | {"\n": ""}
 _HEX_DIGITS = {"x": 2, "u": 4, "U": 8}
@@ -38,6 +41,8 @@ def read_literal(source: Source, say: Say) -> Reading[None]:
             if (yield from source.after_space()) != _CLOSING[character]:
                 if character == "{":
                     yield from _key(source, say)
+                elif character == "(":
+                    open_brackets[-1] = _LONE
                 continue
         elif character in "'\"":
             yield from _string(source, say)
@@ -52,10 +57,14 @@ def read_literal(source: Source, say: Say) -> Reading[None]:
         while open_brackets:
             character = yield from source.after_space()
             if character == _CLOSING[open_brackets[-1]]:
+                if open_brackets[-1] == _LONE:
+                    raise MalformedError
                 source.at += 1
                 say("}" if open_brackets.pop() == "{" else "]")
             elif character == ",":
                 source.at += 1
+                if open_brackets[-1] == _LONE:
+                    open_brackets[-1] = "("
                 if (yield from source.after_space()) == _CLOSING[open_brackets[-1]]:
                     continue
                 say(",")

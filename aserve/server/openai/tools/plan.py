@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from aserve.errors import ConfigError, InvalidRequestError
 from aserve.server.openai.tools import parsers
-from aserve.server.openai.tools.conversation import for_template
+from aserve.server.openai.tools.conversation import for_template, takes_tools
 from aserve.server.openai.tools.forced import ListReader, NamedReader
 from aserve.server.openai.tools.reader import CallReader, Context
 from aserve.server.openai.tools.request import ToolRequest
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+OUR_OWN = "hermes"
+"""The format that models are told whose chat template knows no tools."""
+
 _NO_PARSER = (
-    "this server cannot read the calls of tools that its model writes, because its chat template shows none "
-    'of the formats it knows; start it with --tool-call-parser, or set tool_choice to "required", to a '
-    'named function or to "none"'
+    "this server cannot read the calls of tools that its model writes, because its chat template shows tools "
+    "in none of the formats known here; start it with --tool-call-parser, or set tool_choice to "
+    '"required", to a named function or to "none"'
 )
 
 
@@ -53,7 +56,7 @@ class ToolPlan:
         self, messages: list[dict[str, Any]]
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
         """Messages and tools for the chat template."""
-        return for_template(self.template, messages, self.request, self.reader(whole=True).how)
+        return for_template(self.template, messages, self.request, self.reader(whole=True))
 
     def apply(self, params: SamplingParams, tokenizer: Any, backend: str | None) -> None:
         """Has the output guided, by ``backend`` or the engine's own, and marks of calls left in its text."""
@@ -90,7 +93,7 @@ def tool_plan(
     template = template_text(tokenizer, chat_template, with_tools=True)
     if request.mode != "auto":
         return ToolPlan(request, template, None)
-    name = parser or parsers.detect(template)
+    name = parser or _format_of(template)
     if name is None:
         raise InvalidRequestError(f"tools: {_NO_PARSER}", param="tools")
     return ToolPlan(request, template, parsers.load(name))
@@ -98,15 +101,21 @@ def tool_plan(
 
 def check_at_start(tokenizer: Any, chat_template: str | None, parser: str | None, *, needed: bool) -> None:
     """Says in the log how calls will be read. ConfigError: ``needed``, and there is no way."""
-    name = parser or parsers.detect(template_text(tokenizer, chat_template, with_tools=True))
+    name = parser or _format_of(template_text(tokenizer, chat_template, with_tools=True))
     if name is not None:
         logger.info("calls of tools are read with the parser %s", name)
     elif needed:
         raise ConfigError(
-            "enable_auto_tool_choice: the model's chat template shows no format of tool calls that is known "
+            "enable_auto_tool_choice: the model's chat template shows tools in no format that is known "
             "here; name one with --tool-call-parser",
             param="enable_auto_tool_choice",
         )
+
+
+def _format_of(template: str | None) -> str | None:
+    """How a model writes calls: as its template shows it, or as it is told to where the template knows no
+    tools; None if the template shows tools in a way that is not known here."""
+    return parsers.detect(template) or (None if takes_tools(template) else OUR_OWN)
 
 
 def _hidden(parser: type[CallReader], tokenizer: Any) -> bool:

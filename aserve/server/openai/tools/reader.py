@@ -50,6 +50,11 @@ class CallReader(ABC):
     how = ""
     """Tells a model whose chat template knows no tools how to call one."""
 
+    @staticmethod
+    def write(calls: list[str]) -> str:
+        """Earlier calls, ``{"name": ..., "arguments": ...}`` each, for such a model to see."""
+        return f"[{','.join(calls)}]"
+
     def __init__(self, context: Context) -> None:
         self.context = context
         self.source = Source()
