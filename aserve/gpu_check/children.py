@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -131,20 +132,19 @@ def _follow(
     child: _Child, units: Sequence[Unit], until: float, put: Callable[[Row], None]
 ) -> tuple[int, str | None]:
     """Takes a child's rows; the number of units that ended, and what became of the next one, if known."""
-    ended = 0
-    limit = time.monotonic() + START_SECONDS
-    begun = False
+    ended, begun, patience = 0, False, START_SECONDS
     while ended < len(units):
-        left = min(limit, until) - time.monotonic()
-        if left <= 0 or not child.answers.poll(left):
-            if limit > until:
-                return ended, None
-            what = (
-                f"no end within {units[ended].seconds:g} s"
-                if begun
-                else "the device could not be opened in time"
-            )
-            return ended, what
+        now = time.monotonic()
+        if now >= until:
+            return ended, None
+        if patience <= 0:
+            return ended, f"no end within {units[ended].seconds:g} s" if begun else "the device did not open"
+        # In short waits: while the whole machine stood still, the child had no more time than one of them.
+        wait = min(patience, until - now, 1.0)
+        came = child.answers.poll(wait)
+        patience -= min(time.monotonic() - now, wait + 0.1)
+        if not came:
+            continue
         try:
             kind, value = child.answers.recv()
         except EOFError:
@@ -153,7 +153,7 @@ def _follow(
             # Between units it may end: what it did broke the device for the process.
             return ended, f"its process ended with status {died}" if begun or not ended else None
         if kind == "begin":
-            begun, limit = True, time.monotonic() + units[ended].seconds
+            begun, patience = True, units[ended].seconds
         elif kind == "row":
             put({**units[ended].about, **value})
         elif kind == "error":
@@ -161,7 +161,7 @@ def _follow(
         elif kind == "unopened":
             return ended, value
         else:
-            ended, begun, limit = ended + 1, False, time.monotonic() + START_SECONDS
+            ended, begun, patience = ended + 1, False, START_SECONDS
             if units[ended - 1].alone:
                 return ended, None
     return ended, None
@@ -199,7 +199,7 @@ def ask(question: Callable[[], Any], seconds: float) -> Any:
 
     found: list[Row] = []
     unit = Unit("question", {}, seconds, answer)
-    run([unit], _NoDevice, time.monotonic() + seconds + START_SECONDS, found.append)
+    run([unit], _NoDevice, math.inf, found.append)
     if not found or "answer" not in found[0]:
         raise UnsupportedError(found[0]["error"] if found else f"no answer within {seconds:g} s")
     return found[0]["answer"]

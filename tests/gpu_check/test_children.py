@@ -106,6 +106,18 @@ def running(pid: int) -> bool:
         return False
 
 
+def test_a_machine_that_stood_still_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock jumps by a minute at each look at it: work that took seconds is not late."""
+    jumps = iter(range(0, 60 * 10_000, 60))
+    real = time.monotonic
+    monkeypatch.setattr(children.time, "monotonic", lambda: real() + next(jumps))
+    rows: list[Row] = []
+    units = [unit("a", lambda machine: time.sleep(2.2), seconds=20), unit("b", hang, seconds=3)]
+    outcome = children.run(units, _NoDevice, float("inf"), rows.append)
+    assert verdicts(rows) == {"a": True, "b": "no end within 3 s"}
+    assert outcome.ended == 2
+
+
 class Breaking(_NoDevice):
     """After one unit nothing works in this process."""
 
