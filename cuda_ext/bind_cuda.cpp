@@ -1,7 +1,8 @@
 // Binding of the CUDA kernels to torch's stable ABI, under the key CUDA of the operations that bind_cpu.cpp
-// defines: an operation's schema is written once, there. Checks shapes, dtypes, strides and devices, then hands
-// pointers and the current stream to the kernels. Nothing is read from device memory and nothing waits, so every
-// operation may be captured in a CUDA graph; ids, lengths and slots in device memory are trusted.
+// defines: an operation's schema is written once, there, and its shapes are checked once, in arguments.h. Pointers
+// and the current stream go to the kernels. Nothing is read from device memory and nothing waits, so every
+// operation but the copies of blocks, whose pairs come from the host, may be captured in a CUDA graph; ids, lengths
+// and slots in device memory are trusted.
 //
 // Workspaces come from torch's allocator, which hands a capture memory of the graph's own pool.
 //
@@ -23,9 +24,12 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <unordered_set>
+#include <vector>
 
 #include "cuda/kernels.cuh"
 #include "tensor_view.h"
@@ -62,6 +66,7 @@ class Site {
 #endif
   }
 
+  const char* op() const { return op_; }
   void* stream() const { return stream_; }
 
   int64_t multiprocessors() const {
@@ -91,77 +96,55 @@ class Site {
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
-cuda::DType float_type(const View& x) {
+// arguments.h reads types by these.
+void set_type(const View& x, cuda::DType& type) {
   switch (x.storage()) {
     case DType::bf16:
-      return cuda::DType::bf16;
+      type = cuda::DType::bf16;
+      return;
     case DType::f16:
-      return cuda::DType::f16;
+      type = cuda::DType::f16;
+      return;
     default:
-      return cuda::DType::f32;
+      type = cuda::DType::f32;
   }
 }
 
-cuda::DType cache_type(const View& x) {
-  if (x.type == aoti_torch_dtype_float8_e4m3fn()) return cuda::DType::e4m3;
-  if (x.type == aoti_torch_dtype_float8_e5m2()) return cuda::DType::e5m2;
-  return float_type(x);
+void set_cache_type(const View& x, cuda::DType& type) {
+  if (x.type == aoti_torch_dtype_float8_e4m3fn()) type = cuda::DType::e4m3;
+  else if (x.type == aoti_torch_dtype_float8_e5m2()) type = cuda::DType::e5m2;
+  else set_type(x, type);
 }
 
-cuda::Rows cuda_rows(const View& x) {
-  const aserve::Rows rows = rows_of(x);
-  return {rows.count, rows.inner, rows.inner_stride, rows.outer_stride};
-}
+}  // namespace
 
-const int64_t* int64s(const View& x) {
-  x.typed(aoti_torch_dtype_int64(), "int64").dense_from(0);
-  return static_cast<const int64_t*>(x.data);
-}
+#include "arguments.h"
 
-const int32_t* int32s(const View& x, int64_t dense_from) {
-  x.typed(aoti_torch_dtype_int32(), "int32").dense_from(dense_from);
-  return static_cast<const int32_t*>(x.data);
-}
+namespace {
 
-Tensor workspace(const Tensor& like, int64_t count) {
-  const int64_t size[] = {count}, stride[] = {1};
+// Bytes on the device of `like`.
+Tensor workspace(const Tensor& like, int64_t bytes) {
+  const int64_t size[] = {bytes}, stride[] = {1};
   int32_t type = -1;
   AtenTensorHandle made = nullptr;
   if (aoti_torch_get_device_type(like.get(), &type) != AOTI_TORCH_SUCCESS ||
-      aoti_torch_empty_strided(1, size, stride, aoti_torch_dtype_float32(), type, like.get_device_index(), &made) !=
+      aoti_torch_empty_strided(1, size, stride, aoti_torch_dtype_uint8(), type, like.get_device_index(), &made) !=
           AOTI_TORCH_SUCCESS)
-    throw std::runtime_error("aserve: no memory for a workspace of " + std::to_string(count) + " floats");
+    throw std::runtime_error("aserve: no memory for a workspace of " + std::to_string(bytes) + " bytes");
   return Tensor(made);
 }
 
-void norm(const char* op, const Site& site, const Tensor& x_, const Tensor* residual_, const Tensor& weight_,
-          double eps, const Tensor& out_, const Tensor* total_) {
-  const View x(op, "x", x_), weight(op, "weight", weight_), out(op, "out", out_);
-  cuda::NormArgs a = {};
-  a.x_rows = cuda_rows(x);
-  a.size = x.sizes[x.dims - 1];
-  weight.rank(1).size(0, a.size).dense_from(0);
-  same_shape(x, out);
-  out.dense_from(0);
-  check_same_type(x, out);
-  if (residual_ != nullptr) {
-    const View residual(op, "residual", *residual_), total(op, "total", *total_);
-    same_shape(x, residual);
-    same_shape(x, total);
-    total.dense_from(0);
-    check_same_type(x, residual);
-    check_same_type(x, total);
-    a.residual_rows = cuda_rows(residual);
-    a.residual = residual.data;
-    a.total = total.data;
+void norm(const char* op, const Site& site, const Tensor& x, const Tensor* residual, const Tensor& weight,
+          double eps, const Tensor& out, const Tensor* total) {
+  std::optional<View> other, sum;
+  if (residual != nullptr) {
+    other.emplace(op, "residual", *residual);
+    sum.emplace(op, "total", *total);
   }
-  a.x = x.data;
-  a.weight = weight.data;
-  a.out = out.data;
-  a.eps = static_cast<float>(eps);
+  auto a = norm_args<cuda::NormArgs>({op, "x", x}, other ? &*other : nullptr, {op, "weight", weight}, eps,
+                                     {op, "out", out}, sum ? &*sum : nullptr);
   a.out_scale = 1.0f;
-  a.dtype = a.out_dtype = float_type(x);
-  a.weight_dtype = float_type(weight);
+  a.out_dtype = a.dtype;
   site.check(aserve_cuda_norm(&a, site.stream()));
 }
 
@@ -176,230 +159,221 @@ void fused_add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& w
   norm(op, Site(op, {&x, &residual, &weight, &out, &total}), x, &residual, weight, eps, out, &total);
 }
 
-// The caches into args that name them as rotary and attention do. 8-bit caches hold the values themselves: these
-// schemas carry no scale.
-template <typename Args>
-void read_cache(const View& k, const View& v, int64_t kv_heads, int64_t head_size, Args& a) {
-  k.rank(4).size(1, kv_heads).size(3, head_size).dense_from(3);
-  same_shape(k, v);
-  check_same_type(k, v);
-  for (int64_t d = 0; d < 4; d++)
-    if (k.strides[d] != v.strides[d]) refuse(k.op, "k_cache and v_cache must have one layout");
-  a.block_size = k.sizes[2];
-  if (a.block_size < 1) refuse(k.op, "the block size must be positive");
-  a.cache_block = k.strides[0];
-  a.cache_head = k.strides[1];
-  a.cache_slot = k.strides[2];
-  a.cache_dtype = cache_type(k);
-  a.k_scale = a.v_scale = 1.0f;
-}
-
-cuda::RotaryArgs rotary_args(const View& q, const View& k, const View& positions, const View& cos_sin,
-                             bool interleaved, const View& q_out) {
-  cuda::RotaryArgs a = {};
-  q.rank(3).dense_from(1);
-  k.rank(3).dense_from(1).size(0, q.sizes[0]).size(2, q.sizes[2]);
-  check_same_type(q, k);
-  check_same_type(q, q_out);
-  positions.rank(1).size(0, q.sizes[0]);
-  cos_sin.rank(2).typed(aoti_torch_dtype_float32(), "float32").dense_from(0);
-  same_shape(q, q_out);
-  q_out.dense_from(0);
-  a.tokens = q.sizes[0];
-  a.q_heads = q.sizes[1];
-  a.kv_heads = k.sizes[1];
-  a.head_size = q.sizes[2];
-  a.rotary_size = cos_sin.sizes[1];
-  if (a.rotary_size % 2 != 0 || a.rotary_size > a.head_size)
-    refuse(q.op, "cos_sin must have an even number of columns, at most ", a.head_size);
-  a.q = q.data;
-  a.k = k.data;
-  a.q_out = q_out.data;
-  a.positions = int64s(positions);
-  a.cos_sin = static_cast<const float*>(cos_sin.data);
-  a.q_stride = q.strides[0];
-  a.k_stride = k.strides[0];
-  a.interleaved = interleaved;
-  a.dtype = a.cache_dtype = float_type(q);
-  a.k_scale = a.v_scale = 1.0f;
-  return a;
-}
-
-void rotary_embedding(const Tensor& q_, const Tensor& k_, const Tensor& positions_, const Tensor& cos_sin_,
-                      bool interleaved, const Tensor& q_out_, const Tensor& k_out_) {
+void rotary_embedding(const Tensor& q, const Tensor& k_, const Tensor& positions, const Tensor& cos_sin,
+                      bool interleaved, const Tensor& q_out, const Tensor& k_out) {
   const char* op = "rotary_embedding";
-  const Site site(op, {&q_, &k_, &positions_, &cos_sin_, &q_out_, &k_out_});
-  const View q(op, "q", q_), k(op, "k", k_), positions(op, "positions", positions_),
-      cos_sin(op, "cos_sin", cos_sin_), q_out(op, "q_out", q_out_), k_out(op, "k_out", k_out_);
-  cuda::RotaryArgs a = rotary_args(q, k, positions, cos_sin, interleaved, q_out);
-  same_shape(k, k_out);
-  check_same_type(k, k_out);
-  k_out.dense_from(0);
-  a.k_out = k_out.data;
+  const Site site(op, {&q, &k_, &positions, &cos_sin, &q_out, &k_out});
+  const View k(op, "k", k_);
+  auto a = rotary_args<cuda::RotaryArgs>({op, "q", q}, k, {op, "positions", positions}, {op, "cos_sin", cos_sin},
+                                         interleaved, {op, "q_out", q_out});
+  read_k_out(k, {op, "k_out", k_out}, a);
   site.check(aserve_cuda_rotary(&a, site.stream()));
 }
 
-void rope_and_store(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& positions_,
-                    const Tensor& cos_sin_, bool interleaved, const Tensor& k_cache_, const Tensor& v_cache_,
-                    const Tensor& slots_, const Tensor& q_out_) {
+void rope_and_store(const Tensor& q, const Tensor& k_, const Tensor& v, const Tensor& positions,
+                    const Tensor& cos_sin, bool interleaved, const Tensor& k_cache, const Tensor& v_cache,
+                    const Tensor& slots, double k_scale, double v_scale, const Tensor& q_out) {
   const char* op = "rope_and_store";
-  const Site site(op, {&q_, &k_, &v_, &positions_, &cos_sin_, &k_cache_, &v_cache_, &slots_, &q_out_});
-  const View q(op, "q", q_), k(op, "k", k_), v(op, "v", v_), positions(op, "positions", positions_),
-      cos_sin(op, "cos_sin", cos_sin_), k_cache(op, "k_cache", k_cache_), v_cache(op, "v_cache", v_cache_),
-      slots(op, "slots", slots_), q_out(op, "q_out", q_out_);
-  cuda::RotaryArgs a = rotary_args(q, k, positions, cos_sin, interleaved, q_out);
-  same_shape(k, v);
-  check_same_type(k, v);
-  v.dense_from(1);
-  read_cache(k_cache, v_cache, a.kv_heads, a.head_size, a);
-  slots.rank(1).size(0, a.tokens);
-  a.v = v.data;
-  a.v_stride = v.strides[0];
-  a.k_cache = k_cache.data;
-  a.v_cache = v_cache.data;
-  a.slots = int64s(slots);
+  const Site site(op, {&q, &k_, &v, &positions, &cos_sin, &k_cache, &v_cache, &slots, &q_out});
+  const View k(op, "k", k_);
+  auto a = rotary_args<cuda::RotaryArgs>({op, "q", q}, k, {op, "positions", positions}, {op, "cos_sin", cos_sin},
+                                         interleaved, {op, "q_out", q_out});
+  read_stored(k, {op, "v", v}, {op, "k_cache", k_cache}, {op, "v_cache", v_cache}, {op, "slots", slots}, k_scale,
+              v_scale, a);
   site.check(aserve_cuda_rotary(&a, site.stream()));
 }
 
-void store_kv(const Tensor& k_, const Tensor& v_, const Tensor& k_cache_, const Tensor& v_cache_,
-              const Tensor& slots_) {
+void store_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots,
+              double k_scale, double v_scale) {
   const char* op = "store_kv";
-  const Site site(op, {&k_, &v_, &k_cache_, &v_cache_, &slots_});
-  const View k(op, "k", k_), v(op, "v", v_), k_cache(op, "k_cache", k_cache_), v_cache(op, "v_cache", v_cache_),
-      slots(op, "slots", slots_);
+  const Site site(op, {&k, &v, &k_cache, &v_cache, &slots});
   cuda::RotaryArgs a = {};
-  k.rank(3).dense_from(1);
-  same_shape(k, v);
-  v.dense_from(1);
-  check_same_type(k, v);
-  a.tokens = k.sizes[0];
-  a.kv_heads = k.sizes[1];
-  a.head_size = k.sizes[2];
-  read_cache(k_cache, v_cache, a.kv_heads, a.head_size, a);
-  slots.rank(1).size(0, a.tokens);
-  a.k = k.data;
-  a.v = v.data;
-  a.k_stride = k.strides[0];
-  a.v_stride = v.strides[0];
-  a.k_cache = k_cache.data;
-  a.v_cache = v_cache.data;
-  a.slots = int64s(slots);
-  a.dtype = float_type(k);
+  read_stored({op, "k", k}, {op, "v", v}, {op, "k_cache", k_cache}, {op, "v_cache", v_cache}, {op, "slots", slots},
+              k_scale, v_scale, a);
   site.check(aserve_cuda_rotary(&a, site.stream()));
 }
 
-void paged_attention(const Tensor& q_, const Tensor& k_cache_, const Tensor& v_cache_, const Tensor& query_start_,
-                     const Tensor& seq_lens_, const Tensor& block_tables_, double scale, int64_t window,
-                     double softcap, std::optional<Tensor> alibi_slopes_, const Tensor& out_) {
+void paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& query_start,
+                     const Tensor& seq_lens, const Tensor& block_tables_, double scale, int64_t window,
+                     double softcap, std::optional<Tensor> alibi_slopes, double k_scale, double v_scale,
+                     int64_t max_query_len, const Tensor& out) {
   const char* op = "paged_attention";
-  const Site site(op, {&q_, &k_cache_, &v_cache_, &query_start_, &seq_lens_, &block_tables_,
-                       alibi_slopes_.has_value() ? &*alibi_slopes_ : &q_, &out_});
-  const View q(op, "q", q_), k_cache(op, "k_cache", k_cache_), v_cache(op, "v_cache", v_cache_),
-      query_start(op, "query_start", query_start_), seq_lens(op, "seq_lens", seq_lens_),
-      block_tables(op, "block_tables", block_tables_), out(op, "out", out_);
-  cuda::AttentionArgs a = {};
-  q.rank(3).dense_from(2);
-  k_cache.rank(4);
-  a.tokens = q.sizes[0];
-  a.q_heads = q.sizes[1];
-  a.kv_heads = k_cache.sizes[1];
-  a.head_size = q.sizes[2];
-  if (a.kv_heads < 1 || a.q_heads % a.kv_heads != 0)
-    refuse(op, a.q_heads, " query heads do not divide among ", a.kv_heads, " KV heads");
-  if (a.head_size < 8 || a.head_size > 256 || a.head_size % 8 != 0)
-    refuse(op, "the head size must be a multiple of 8 from 8 to 256, is ", a.head_size);
-  read_cache(k_cache, v_cache, a.kv_heads, a.head_size, a);
+  const Site site(op, {&q, &k_cache, &v_cache, &query_start, &seq_lens, &block_tables_,
+                       alibi_slopes.has_value() ? &*alibi_slopes : &q, &out});
+  std::optional<View> slopes;
+  if (alibi_slopes.has_value()) slopes.emplace(op, "alibi_slopes", *alibi_slopes);
+  const View queries(op, "q", q), block_tables(op, "block_tables", block_tables_);
+  auto a = attention_args<cuda::AttentionArgs>(
+      queries, {op, "k_cache", k_cache}, {op, "v_cache", v_cache}, {op, "query_start", query_start},
+      {op, "seq_lens", seq_lens}, block_tables, scale, window, softcap, slopes, k_scale, v_scale, max_query_len,
+      {op, "out", out});
   if ((a.block_size & (a.block_size - 1)) != 0) refuse(op, "the block size must be a power of two, is ", a.block_size);
-  same_shape(q, out);
-  out.dense_from(0);
-  check_same_type(q, out);
-  a.rows = seq_lens.rank(1).sizes[0];
-  query_start.rank(1).size(0, a.rows + 1);
-  block_tables.rank(2).size(0, a.rows);
-  if (window < 0) refuse(op, "window must not be negative");
-  if (alibi_slopes_.has_value()) {
-    const View slopes(op, "alibi_slopes", *alibi_slopes_);
-    slopes.rank(1).size(0, a.q_heads).typed(aoti_torch_dtype_float32(), "float32").dense_from(0);
-    a.alibi_slopes = static_cast<const float*>(slopes.data);
-  }
-  a.q = q.data;
-  a.out = out.data;
-  a.k_cache = k_cache.data;
-  a.v_cache = v_cache.data;
-  a.query_start = int32s(query_start, 0);
-  a.seq_lens = int32s(seq_lens, 0);
-  a.block_tables = int32s(block_tables, 1);
-  a.table_stride = block_tables.strides[0];
-  a.q_token = q.strides[0];
-  a.q_head = q.strides[1];
-  a.window = window;
-  a.scale = static_cast<float>(scale);
-  a.softcap = static_cast<float>(softcap);
-  a.dtype = float_type(q);
+  a.tokens = queries.sizes[0];
   if (a.tokens == 0 || a.rows == 0) return;
-  // The queries of a row are known on the device only. The average sizes the grid, and rows with more are served
-  // too; a step whose rows differ much is quicker as a launch for its prefill rows and one for its decode rows.
-  a.max_query_len = (a.tokens + a.rows - 1) / a.rows;
+  // Sizes the grid: rows with more queries are served too, only slower. Where the host does not know, the average.
+  a.max_query_len = max_query_len > 0 ? max_query_len : (a.tokens + a.rows - 1) / a.rows;
   // A prefill has blocks enough. The table's width bounds the keys of a decode, and is the same in every replay.
   const bool few = a.max_query_len * (a.q_heads / a.kv_heads) <= 32;
   const int64_t most_keys = block_tables.sizes[1] * a.block_size;
   a.splits = few ? aserve_cuda_decode_splits(a.rows, a.kv_heads, most_keys, site.multiprocessors()) : 1;
   std::optional<Tensor> partial;
   if (a.splits > 1) {
-    partial = workspace(q_, a.tokens * a.q_heads * a.splits * (a.head_size + 2));
+    partial = workspace(q, a.tokens * a.q_heads * a.splits * (a.head_size + 2) * static_cast<int64_t>(sizeof(float)));
     a.partial = static_cast<float*>(partial->data_ptr());
   }
   site.check(aserve_cuda_attention(&a, site.stream()));
 }
 
-void gated(const Tensor& x_, int64_t activation, const Tensor& out_) {
+void gated(const Tensor& x, int64_t activation, const Tensor& out) {
   const char* op = "gated";
-  const Site site(op, {&x_, &out_});
-  const View x(op, "x", x_), out(op, "out", out_);
-  cuda::GatedArgs a = {};
-  a.x_rows = cuda_rows(x);
-  a.size = x.sizes[x.dims - 1] / 2;
-  if (2 * a.size != x.sizes[x.dims - 1]) refuse(op, "the last dimension of x must be even");
-  out.rank(x.dims).size(x.dims - 1, a.size).dense_from(0);
-  for (int64_t d = 0; d + 1 < x.dims; d++) out.size(d, x.sizes[d]);
-  check_same_type(x, out);
-  if (activation < 0 || activation > 2) refuse(op, "unknown activation ", activation);
-  a.x = x.data;
-  a.out = out.data;
+  const Site site(op, {&x, &out});
+  auto a = gated_args<cuda::GatedArgs>({op, "x", x}, activation, {op, "out", out});
   a.activation = static_cast<cuda::Activation>(activation);
   a.gated = 1;
-  a.dtype = float_type(x);
   site.check(aserve_cuda_activation(&a, site.stream()));
 }
 
-void greedy_logprob(const Tensor& logits_, const Tensor& token_, const Tensor& logprob_) {
-  const char* op = "greedy_logprob";
-  const Site site(op, {&logits_, &token_, &logprob_});
-  const View logits(op, "logits", logits_), token(op, "token", token_), logprob(op, "logprob", logprob_);
-  cuda::SampleArgs a = {};
-  logits.rank(2).dense_from(1);
-  a.rows = logits.sizes[0];
-  a.size = logits.sizes[1];
-  if (a.size < 1) refuse(op, "logits must have a column");
-  token.rank(1).size(0, a.rows).typed(aoti_torch_dtype_int64(), "int64").dense_from(0);
-  logprob.rank(1).size(0, a.rows).typed(aoti_torch_dtype_float32(), "float32").dense_from(0);
+void draw(const Site& site, const Tensor& logits, cuda::SampleArgs& a) {
   if (a.rows == 0) return;
   // Two blocks for every multiprocessor where the rows alone do not give them, none of less than 2048 logits.
   const int64_t wanted = (2 * site.multiprocessors() + a.rows - 1) / a.rows, most = (a.size + 2047) / 2048;
   a.parts = wanted < most ? wanted : most;
-  const Tensor partial = workspace(logits_, a.rows * a.parts * cuda::kSamplePartial);
-  a.logits = logits.data;
-  a.token = static_cast<int64_t*>(token.data);
-  a.logprob = static_cast<float*>(logprob.data);
+  const int64_t floats = a.rows * a.parts * cuda::kSamplePartial;
+  const Tensor partial = workspace(logits, floats * static_cast<int64_t>(sizeof(float)));
   a.partial = static_cast<float*>(partial.data_ptr());
-  a.stride = logits.strides[0];
-  a.dtype = float_type(logits);
   site.check(aserve_cuda_sample(&a, site.stream()));
+}
+
+void greedy_logprob(const Tensor& logits, const Tensor& token, const Tensor& logprob) {
+  const char* op = "greedy_logprob";
+  const Site site(op, {&logits, &token, &logprob});
+  auto a = drawn_args<cuda::SampleArgs>({op, "logits", logits}, {op, "token", token}, {op, "logprob", logprob});
+  draw(site, logits, a);
+}
+
+void sample(const Tensor& logits, const Tensor& temperature, const Tensor& seeds, const Tensor& positions,
+            const Tensor& token, const Tensor& logprob) {
+  const char* op = "sample";
+  const Site site(op, {&logits, &temperature, &seeds, &positions, &token, &logprob});
+  auto a = drawn_args<cuda::SampleArgs>({op, "logits", logits}, {op, "token", token}, {op, "logprob", logprob});
+  read_draw({op, "temperature", temperature}, {op, "seeds", seeds}, {op, "positions", positions}, a);
+  draw(site, logits, a);
+}
+
+void penalties(const Tensor& logits, const Tensor& starts, const Tensor& ids, const Tensor& counts,
+               const Tensor& repetition, const Tensor& frequency, const Tensor& presence) {
+  const char* op = "penalties";
+  const Site site(op, {&logits, &starts, &ids, &counts, &repetition, &frequency, &presence});
+  const auto a = penalty_args<cuda::PenaltyArgs>(
+      {op, "logits", logits}, {op, "starts", starts}, {op, "ids", ids}, {op, "counts", counts},
+      {op, "repetition", repetition}, {op, "frequency", frequency}, {op, "presence", presence});
+  if (a.rows == 0) return;
+  site.check(aserve_cuda_penalties(&a, site.stream()));
+}
+
+// Addresses at which a kernel finds the sides of a cache: on the device, or in pinned host memory.
+int64_t reached(const View& side) {
+#if !defined(ASERVE_EMULATED)
+  if (side.device != ASERVE_DEVICE_TYPE) {
+    cudaPointerAttributes about = {};
+    if (side.sizes[0] > 0 && (cudaPointerGetAttributes(&about, side.data) != cudaSuccess ||
+                              about.type != cudaMemoryTypeHost || about.devicePointer == nullptr))
+      refuse(side.op, side.name, " must be on ", ASERVE_DEVICE_NAME, " or in pinned host memory");
+    return reinterpret_cast<int64_t>(about.devicePointer);
+  }
+#endif
+  return reinterpret_cast<int64_t>(side.data);
+}
+
+// Hazard: read by the copy before it returns, but only because the memory is pageable; pinned it would have to live
+// until the copy is done.
+void upload(const Site& site, void* target, const std::vector<int64_t>& values) {
+  const size_t bytes = values.size() * sizeof(int64_t);
+#if defined(ASERVE_EMULATED)
+  (void)site;
+  std::memcpy(target, values.data(), bytes);
+#else
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  site.check(cudaStreamIsCapturing(static_cast<cudaStream_t>(site.stream()), &capturing));
+  if (capturing != cudaStreamCaptureStatusNone)
+    refuse(site.op(), "a CUDA graph cannot hold this operation: its pairs come from the host");
+  site.check(cudaMemcpyAsync(target, values.data(), bytes, cudaMemcpyHostToDevice,
+                             static_cast<cudaStream_t>(site.stream())));
+#endif
+}
+
+// The pairs in the order given, every layer at once. A launch copies its pairs at the same time, so that one which
+// reads or writes what another before it wrote, or writes what it reads, begins the next.
+void move_blocks(const char* op, const std::vector<Tensor>& sources, const std::vector<Tensor>& targets,
+                 const Tensor& pairs_, bool one_cache) {
+  check_sides(op, sources.size(), targets.size());
+  const View pairs(op, "pairs", pairs_, aoti_torch_device_type_cpu(), "the CPU");
+  const int64_t* const ids = pair_data(pairs);
+  const int64_t count = pairs.sizes[0];
+  if (sources.empty() || count == 0) return;
+  const Tensor* device_side = nullptr;
+  std::vector<int64_t> values;
+  Blocks blocks;
+  std::vector<int64_t> to;
+  for (size_t side = 0; side < sources.size(); side++) {
+    const View source(op, "a source", sources[side], View::kAnywhere, ""),
+        target(op, "a target", targets[side], View::kAnywhere, "");
+    const Blocks each = block_layout(source, target);
+    if (side == 0) blocks = each;
+    if (each.block_bytes != blocks.block_bytes || each.source_stride != blocks.source_stride ||
+        each.target_stride != blocks.target_stride || each.source_blocks != blocks.source_blocks ||
+        each.target_blocks != blocks.target_blocks)
+      refuse(op, "the caches of all layers must have one layout");
+    for (const auto& [view, tensor] : {std::pair(&source, &sources[side]), std::pair(&target, &targets[side])})
+      if (device_side == nullptr && view->device == ASERVE_DEVICE_TYPE) device_side = tensor;
+    values.push_back(reached(source));
+    to.push_back(reached(target));
+  }
+  if (device_side == nullptr) refuse(op, "a source or a target must be on ", ASERVE_DEVICE_NAME);
+  const Site site(op, {device_side});
+  for (int64_t i = 0; i < count; i++)
+    if (ids[2 * i] < 0 || ids[2 * i] >= blocks.source_blocks || ids[2 * i + 1] < 0 ||
+        ids[2 * i + 1] >= blocks.target_blocks)
+      refuse(op, "a block id is outside the cache");
+  const int64_t sides = static_cast<int64_t>(sources.size());
+  values.insert(values.end(), to.begin(), to.end());
+  values.insert(values.end(), ids, ids + 2 * count);
+  const Tensor held = workspace(*device_side, static_cast<int64_t>(values.size() * sizeof(int64_t)));
+  int64_t* const at = static_cast<int64_t*>(held.data_ptr());
+  upload(site, at, values);
+  cuda::CopyArgs a = {};
+  a.sources = at;
+  a.targets = at + sides;
+  a.sides = sides;
+  a.source_stride = blocks.source_stride;
+  a.target_stride = blocks.target_stride;
+  a.block_bytes = blocks.block_bytes;
+  std::unordered_set<int64_t> read, written;
+  for (int64_t first = 0, next = 0; first < count; first = next) {
+    read.clear();
+    written.clear();
+    for (; next < count; next++) {
+      const int64_t source = ids[2 * next], target = ids[2 * next + 1];
+      if (written.count(target) != 0 || (one_cache && (written.count(source) != 0 || read.count(target) != 0))) break;
+      read.insert(source);
+      written.insert(target);
+    }
+    a.pairs = at + 2 * sides + 2 * first;
+    a.count = next - first;
+    site.check(aserve_cuda_copy_blocks(&a, site.stream()));
+  }
+}
+
+void copy_blocks(std::vector<Tensor> caches, const Tensor& pairs) {
+  move_blocks("copy_blocks", caches, caches, pairs, true);
+}
+
+void swap_blocks(std::vector<Tensor> sources, std::vector<Tensor> targets, const Tensor& pairs) {
+  move_blocks("swap_blocks", sources, targets, pairs, false);
 }
 
 }  // namespace
 
-// copy_blocks and swap_blocks stay with torch: their pairs come from the host.
 #define ASERVE_IMPLEMENT(space, key) STABLE_TORCH_LIBRARY_IMPL(space, key, m)
 ASERVE_IMPLEMENT(ASERVE_NAMESPACE, ASERVE_KEY) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
@@ -410,4 +384,8 @@ ASERVE_IMPLEMENT(ASERVE_NAMESPACE, ASERVE_KEY) {
   m.impl("paged_attention", TORCH_BOX(&paged_attention));
   m.impl("gated", TORCH_BOX(&gated));
   m.impl("greedy_logprob", TORCH_BOX(&greedy_logprob));
+  m.impl("penalties", TORCH_BOX(&penalties));
+  m.impl("sample", TORCH_BOX(&sample));
+  m.impl("copy_blocks", TORCH_BOX(&copy_blocks));
+  m.impl("swap_blocks", TORCH_BOX(&swap_blocks));
 }

@@ -162,7 +162,7 @@ void decoder_cache(const Tensor& description_, int64_t layer, const Tensor& k_ca
   DecoderLayer& l = layer_of(op, d, layer);
   const View k(op, "k_cache", k_cache_), v(op, "v_cache", v_cache_);
   DecoderStack seen = s;
-  read_cache(k, v, s.kv_heads, s.head_size, seen);
+  read_cache(k, v, s.kv_heads, s.head_size, 1, 1, seen);
   // The first layer's cache says how all lie.
   if (layer == 0) {
     s = seen;
@@ -347,7 +347,8 @@ void decoder_forward(const Tensor& description_, const Tensor& hidden_, const Te
   slots.rank(1).size(0, a.tokens).typed(aoti_torch_dtype_int64(), "int64").dense_from(0);
   a.positions = static_cast<const int64_t*>(positions.data);
   a.slots = static_cast<const int64_t*>(slots.data);
-  read_rows(query_start, seq_lens, block_tables, a.tokens, s.block_size, a);
+  read_rows(query_start, seq_lens, block_tables, a);
+  check_rows(op, a, a.tokens, s.block_size);
   a.layers = d.layers;
   check(op, table(op).decoder(a, threads().count));
 }

@@ -34,44 +34,19 @@ inline void check(const char* op, Status status) {
       refuse(op, "a position is outside cos_sin");
     case Status::bad_row:
       refuse(op, "an id is outside the table");
+    case Status::bad_type:
+      refuse(op, "on the CPU the logits must be float32");
     case Status::no_memory:
       refuse(op, "out of memory");
   }
 }
 
-// The cache's layout into args that name it cache_block, cache_head, cache_slot, block_size, num_blocks.
-template <typename Args>
-void read_cache(const View& k, const View& v, int64_t kv_heads, int64_t head_size, Args& a) {
-  k.rank(4).size(1, kv_heads).size(3, head_size).dense_from(3);
-  same_shape(k, v);
-  check_same_type(k, v);
-  for (int64_t d = 0; d < 4; d++)
-    if (k.strides[d] != v.strides[d]) refuse(k.op, "k_cache and v_cache must have one layout");
-  a.num_blocks = k.sizes[0];
-  a.block_size = k.sizes[2];
-  if (a.block_size < 1) refuse(k.op, "the block size must be positive");
-  a.cache_block = k.strides[0];
-  a.cache_head = k.strides[1];
-  a.cache_slot = k.strides[2];
-  a.cache_dtype = k.storage();
-}
+inline void set_type(const View& x, DType& type) { type = x.storage(); }
+inline void set_cache_type(const View& x, DType& type) { type = x.storage(); }
 
-// The rows of a step into args that name them rows, query_start, seq_lens, block_tables, max_blocks and
-// table_stride; tokens: of all rows.
+// Refuses rows, once they are read, that are not those of so many tokens or do not fit their block tables.
 template <typename Args>
-void read_rows(const View& query_start, const View& seq_lens, const View& block_tables, int64_t tokens,
-               int64_t block_size, Args& a) {
-  const char* op = query_start.op;
-  const int32_t int32 = aoti_torch_dtype_int32();
-  a.rows = seq_lens.rank(1).sizes[0];
-  seq_lens.typed(int32, "int32").dense_from(0);
-  query_start.rank(1).size(0, a.rows + 1).typed(int32, "int32").dense_from(0);
-  block_tables.rank(2).size(0, a.rows).typed(int32, "int32").dense_from(1);
-  a.query_start = static_cast<const int32_t*>(query_start.data);
-  a.seq_lens = static_cast<const int32_t*>(seq_lens.data);
-  a.block_tables = static_cast<const int32_t*>(block_tables.data);
-  a.max_blocks = block_tables.sizes[1];
-  a.table_stride = block_tables.strides[0];
+void check_rows(const char* op, const Args& a, int64_t tokens, int64_t block_size) {
   if (a.query_start[0] != 0 || a.query_start[a.rows] != tokens)
     refuse(op, "query_start must run from 0 to the number of tokens, ", tokens);
   for (int64_t row = 0; row < a.rows; row++) {
@@ -106,3 +81,5 @@ inline aserve::PackedWeight packed_weight(const View& data, int64_t format, int6
 }
 
 }  // namespace
+
+#include "arguments.h"

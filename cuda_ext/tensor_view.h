@@ -36,11 +36,18 @@ struct View {
   const int64_t* sizes;
   const int64_t* strides;
   int32_t type;
+  int32_t device = -1;
 
-  View(const char* op_name, const char* tensor_name, const Tensor& tensor) : op(op_name), name(tensor_name) {
+  // wanted: the type of device it must be on, called `place`; kAnywhere: any.
+  static constexpr int32_t kAnywhere = -1;
+
+  View(const char* op_name, const char* tensor_name, const Tensor& tensor)
+      : View(op_name, tensor_name, tensor, ASERVE_DEVICE_TYPE, ASERVE_DEVICE_NAME) {}
+
+  View(const char* op_name, const char* tensor_name, const Tensor& tensor, int32_t wanted, const char* place)
+      : op(op_name), name(tensor_name) {
     const AtenTensorHandle handle = tensor.get();
     int64_t *size = nullptr, *stride = nullptr;
-    int32_t device = -1;
     if (aoti_torch_get_device_type(handle, &device) != AOTI_TORCH_SUCCESS ||
         aoti_torch_get_data_ptr(handle, &data) != AOTI_TORCH_SUCCESS ||
         aoti_torch_get_dim(handle, &dims) != AOTI_TORCH_SUCCESS ||
@@ -48,7 +55,7 @@ struct View {
         aoti_torch_get_strides(handle, &stride) != AOTI_TORCH_SUCCESS ||
         aoti_torch_get_dtype(handle, &type) != AOTI_TORCH_SUCCESS)
       refuse(op, name, " cannot be read");
-    if (device != ASERVE_DEVICE_TYPE) refuse(op, name, " must be on " ASERVE_DEVICE_NAME);
+    if (wanted != kAnywhere && device != wanted) refuse(op, name, " must be on ", place);
     sizes = size;
     strides = stride;
   }
@@ -70,9 +77,9 @@ struct View {
   const View& dense_from(int64_t first) const {
     int64_t step = 1;
     for (int64_t d = dims - 1; d >= first; d--) {
-      if (sizes[d] != 1 && strides[d] != step)
+      if (sizes[d] > 1 && strides[d] != step)
         refuse(op, name, " must be dense from dimension ", first, ", has stride ", strides[d], " in dimension ", d);
-      step *= sizes[d];
+      if (sizes[d] > 1) step *= sizes[d];
     }
     return *this;
   }
@@ -82,7 +89,11 @@ struct View {
     if (type == aoti_torch_dtype_float16()) return DType::f16;
     refuse(op, name, " must be float32, bfloat16 or float16");
   }
-  int64_t element_bytes() const { return storage() == DType::f32 ? 4 : 2; }
+  // Of a type of 8 bits, which only a cache has.
+  bool narrow() const {
+    return type == aoti_torch_dtype_float8_e4m3fn() || type == aoti_torch_dtype_float8_e5m2();
+  }
+  int64_t element_bytes() const { return narrow() ? 1 : storage() == DType::f32 ? 4 : 2; }
 };
 
 inline void check_same_type(const View& a, const View& b) {

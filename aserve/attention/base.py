@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -44,3 +45,5 @@ class AttentionMetadata:
     query_start_host: list[int]
     seq_lens_host: list[int]
     graph: bool = False
+    parts: Any = field(default=None, init=False, repr=False, compare=False)
+    """What :mod:`aserve.attention.rows` makes of this once, for all layers."""

@@ -101,6 +101,8 @@ class StackSampler:
 
     PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("scheduler", ("aserve/core/",)),
+        ("chat template", ("aserve/tokenizer/chat.py", "/jinja2/", "/transformers/")),
+        ("input", ("aserve/tokenizer/quick.py",)),
         ("detokenise", ("aserve/tokenizer/",)),
         ("statistics", ("aserve/engine/stats.py", "aserve/metrics.py")),
         ("request log", ("aserve/log.py", "logging/__init__.py")),
@@ -112,7 +114,7 @@ class StackSampler:
         ("event bytes", ("aserve/server/sse.py", "aserve/server/openai/")),
         ("socket write", ("asyncio/streams.py", "aserve/server/direct.py")),
         ("h11", ("/h11/",)),
-        ("hypercorn", ("/hypercorn/", "aserve/server/pipelining.py", "aserve/server/connection.py")),
+        ("hypercorn", ("/hypercorn/", "aserve/server/pipelining.py", "aserve/server/exchange.py")),
         ("sse-starlette, anyio", ("/sse_starlette/", "/starlette/", "/anyio/")),
         ("quart, werkzeug", ("/quart/", "/werkzeug/", "/flask/", "aserve/server/")),
         ("engine loop", ("aserve/engine/",)),

@@ -6,13 +6,16 @@ A new operation is an entry of ``OPERATIONS`` and a function here that yields it
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from aserve.gpu_check.paging import Case
-from aserve.gpu_check.problems import attention, cache, rows
+from aserve.gpu_check.problems import attention, cache, draws, moves, rows
 from aserve.gpu_check.problems.base import Check, Operation
 from aserve.gpu_check.problems.cache import Step
+from aserve.gpu_check.problems.draws import Logits
+from aserve.gpu_check.problems.moves import Blocks
 from aserve.gpu_check.problems.rows import ACTIVATIONS, Rows
-from aserve.ops.hardware import FLOATS, NARROW, Combination, combinations
+from aserve.ops.hardware import FLOATS, MOVES, NARROW, Combination, combinations
 
 OPERATIONS: dict[str, Operation] = {
     "rms_norm": rows.RMS_NORM,
@@ -23,6 +26,10 @@ OPERATIONS: dict[str, Operation] = {
     "store_kv": cache.STORE_KV,
     "paged_attention": attention.PAGED_ATTENTION,
     "greedy_logprob": rows.GREEDY_LOGPROB,
+    "copy_blocks": moves.COPY_BLOCKS,
+    "swap_blocks": moves.SWAP_BLOCKS,
+    "penalties": draws.PENALTIES,
+    "sample": draws.SAMPLE,
 }
 
 BF16 = "bfloat16"
@@ -148,9 +155,31 @@ def likeliest() -> Iterator[Check]:
         yield Check("greedy_logprob", dtype, None, Rows(256, 128256), large=True)
 
 
+def block_moves() -> Iterator[Check]:
+    for dtype in (*FLOATS, *NARROW):
+        for pairs, head_size in ((1, 64), (9, 20)):
+            yield Check("copy_blocks", dtype, dtype, Blocks(pairs, head_size=head_size))
+            for back in (False, True):
+                shape = Blocks(min(pairs, 5), head_size=head_size, host=7, back=back)
+                yield Check("swap_blocks", dtype, dtype, shape)
+        large = Blocks(64, layers=16, blocks=300, heads=8, head_size=128)
+        yield Check("copy_blocks", dtype, dtype, large, large=True)
+        yield Check("swap_blocks", dtype, dtype, replace(large, host=100), large=True)
+
+
+def drawn() -> Iterator[Check]:
+    for dtype in FLOATS:
+        for size in (400, 1, 5003):
+            yield Check("sample", dtype, None, Logits(4, size))
+        for seen in (300, 3):
+            yield Check("penalties", dtype, None, Logits(4, 700, seen))
+        yield Check("sample", dtype, None, Logits(256, 128256), large=True)
+        yield Check("penalties", dtype, None, Logits(256, 128256, 4000), large=True)
+
+
 def every() -> list[Check]:
     """The list, each combination's first shape before any second one: a run that is cut has seen the most."""
-    families = (norms, activations, rotations, stores, decodes, prefills, likeliest)
+    families = (norms, activations, rotations, stores, decodes, prefills, likeliest, block_moves, drawn)
     return in_turns(check for family in families for check in family())
 
 
@@ -176,9 +205,10 @@ def firsts(checks: Iterable[Check]) -> list[Check]:
 
 
 def tiny() -> list[Check]:
-    """One small shape of every operation, with an 8-bit cache where it has one."""
+    """One small shape of every operation, with an 8-bit cache where it has one beside its own type."""
     found: dict[str, Check] = {}
     for check in firsts(every()):
-        if check.dtype == BF16 and check.cache_dtype in (None, NARROW[0]):
+        moved = check.op in MOVES and check.cache_dtype == NARROW[0]
+        if moved or (check.dtype == BF16 and check.cache_dtype in (None, NARROW[0])):
             found.setdefault(check.op, check)
     return list(found.values())

@@ -157,9 +157,17 @@ def exact(batch: Batch) -> torch.Tensor:
     return out
 
 
-def narrowed(batch: Batch, dtype: torch.dtype) -> Batch:
-    """The batch with an 8-bit cache; its keys and values are what that cache stands for."""
+def narrowed(batch: Batch, dtype: torch.dtype, k_scale: float = 1.0, v_scale: float = 1.0) -> Batch:
+    """The batch with an 8-bit cache of those scales; its keys and values, in float64 where the cache is
+    scaled, are what that cache stands for."""
     most = torch.finfo(dtype).max
-    sides = tuple(side.float().clamp(-most, most).to(dtype) for side in batch.cache)
-    kept = [[v.float().clamp(-most, most).to(dtype) for v in each] for each in (batch.keys, batch.values)]
+
+    def narrow(x: torch.Tensor, scale: float) -> torch.Tensor:
+        return (x.float() / scale).clamp(-most, most).to(dtype)
+
+    sides = tuple(narrow(side, scale) for side, scale in zip(batch.cache, (k_scale, v_scale), strict=True))
+    kept = [
+        [narrow(v, scale) if scale == 1 else narrow(v, scale).double() * scale for v in each]
+        for each, scale in ((batch.keys, k_scale), (batch.values, v_scale))
+    ]
     return replace(batch, cache=(sides[0], sides[1]), keys=kept[0], values=kept[1])

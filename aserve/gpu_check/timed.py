@@ -14,6 +14,8 @@ from aserve.gpu_check import cases
 from aserve.gpu_check.paging import Case
 from aserve.gpu_check.problems.base import Check
 from aserve.gpu_check.problems.cache import Step
+from aserve.gpu_check.problems.draws import Logits
+from aserve.gpu_check.problems.moves import Blocks
 from aserve.gpu_check.problems.rows import Rows
 
 EXPECTATIONS = Path(__file__).with_name("expectations.json")
@@ -49,6 +51,9 @@ TIMED: list[Check] = [
     ),
     Check("store_kv", BF16, BF16, Step(8192, 32, 8, 128, 128), large=True),
     *(Check("greedy_logprob", "float32", None, Rows(rows, 128256), large=True) for rows in (1, 32, 256)),
+    *(Check("sample", "float32", None, Logits(rows, 128256), large=True) for rows in (1, 32, 256)),
+    Check("penalties", "float32", None, Logits(256, 128256, 4000), large=True),
+    Check("copy_blocks", BF16, BF16, Blocks(64, 32, 300, 8, 16, 128), large=True),
 ]
 
 

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
         greedy_allowed,
         greedy_logprob,
         paged_attention,
+        penalties,
         rms_norm,
         rope_and_store,
         rotary_embedding,
+        sample,
+        samples,
         silu_and_mul,
         store_kv,
         swap_blocks,
@@ -36,9 +39,12 @@ else:
     greedy_allowed = _chosen.greedy_allowed
     greedy_logprob = _chosen.greedy_logprob
     paged_attention = _chosen.paged_attention
+    penalties = _chosen.penalties
     rms_norm = _chosen.rms_norm
     rope_and_store = _chosen.rope_and_store
     rotary_embedding = _chosen.rotary_embedding
+    sample = _chosen.sample
+    samples = _chosen.samples
     silu_and_mul = _chosen.silu_and_mul
     store_kv = _chosen.store_kv
     swap_blocks = _chosen.swap_blocks
@@ -52,9 +58,12 @@ __all__ = [
     "greedy_logprob",
     "kernels",
     "paged_attention",
+    "penalties",
     "rms_norm",
     "rope_and_store",
     "rotary_embedding",
+    "sample",
+    "samples",
     "silu_and_mul",
     "store_kv",
     "swap_blocks",

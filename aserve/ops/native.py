@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from aserve.attention import route
 from aserve.attention.base import AttentionMetadata, KVCache
 from aserve.errors import ConfigError
 from aserve.ops import cuda, reference
@@ -30,9 +31,11 @@ OPERATIONS = (
     "greedy_allowed",
     "greedy_logprob",
     "paged_attention",
+    "penalties",
     "rms_norm",
     "rope_and_store",
     "rotary_embedding",
+    "sample",
     "silu_and_mul",
     "store_kv",
     "swap_blocks",
@@ -59,9 +62,11 @@ _KERNELS = (
     "packed_linear",
     "packed_rows",
     "paged_attention",
+    "penalties",
     "rms_norm",
     "rope_and_store",
     "rotary_embedding",
+    "sample",
     "store_kv",
     "swap_blocks",
 )
@@ -82,8 +87,6 @@ class _Library:
         self.functions.aserve_packed_bytes.argtypes = [ctypes.c_int64] * 3
         self.functions.aserve_decoder_bytes.restype = ctypes.c_int64
         self.functions.aserve_decoder_bytes.argtypes = [ctypes.c_int64]
-        for name in _KERNELS:
-            torch.library.register_fake(f"aserve::{name}", _writes_only)
         operations = ops.aserve
         self.copy_blocks = operations.copy_blocks.default
         self.decoder_cache = operations.decoder_cache.default
@@ -102,11 +105,16 @@ class _Library:
         self.packed_linear = operations.packed_linear.default
         self.packed_rows = operations.packed_rows.default
         self.paged_attention = operations.paged_attention.default
+        self.penalties = operations.penalties.default
         self.rms_norm = operations.rms_norm.default
         self.rope_and_store = operations.rope_and_store.default
         self.rotary_embedding = operations.rotary_embedding.default
+        self.sample = operations.sample.default
         self.store_kv = operations.store_kv.default
         self.swap_blocks = operations.swap_blocks.default
+        # After the search: of an operation that the library lacks it is that which tells.
+        for name in _KERNELS:
+            torch.library.register_fake(f"aserve::{name}", _writes_only)
 
     def level(self) -> str:
         """The instruction-set level in use, or "none" where the CPU has no level the library knows."""
@@ -268,7 +276,20 @@ def rope_and_store(
             q, k, v, positions, cos_sin, cache, slot_mapping, interleaved, k_scale, v_scale
         )
     out = torch.empty_like(q, memory_format=_CONTIGUOUS)
-    kernels.rope_and_store(q, k, v, positions, cos_sin, interleaved, cache[0], cache[1], slot_mapping, out)
+    kernels.rope_and_store(
+        q,
+        k,
+        v,
+        positions,
+        cos_sin,
+        interleaved,
+        cache[0],
+        cache[1],
+        slot_mapping,
+        k_scale,
+        v_scale,
+        out,
+    )
     return out
 
 
@@ -284,7 +305,7 @@ def store_kv(
     if kernels is None:
         reference.store_kv(k, v, cache, slot_mapping, k_scale, v_scale)
     else:
-        kernels.store_kv(k, v, cache[0], cache[1], slot_mapping)
+        kernels.store_kv(k, v, cache[0], cache[1], slot_mapping, k_scale, v_scale)
 
 
 def paged_attention(
@@ -299,10 +320,11 @@ def paged_attention(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> torch.Tensor:
-    kernels = _kernels(q, "paged_attention", cache[0])
     head_size = q.shape[-1]
-    if kernels is None or head_size % 8 != 0 or head_size > 256:
-        return reference.paged_attention(
+    kernels = _kernels(q, "", cache[0]) if head_size % 8 == 0 and head_size <= 256 else None
+    if kernels is None:
+        attend = route.attend if q.is_cuda else reference.paged_attention
+        return attend(
             q,
             cache,
             meta,
@@ -325,6 +347,9 @@ def paged_attention(
         window or 0,
         softcap or 0.0,
         alibi_slopes,
+        k_scale,
+        v_scale,
+        meta.max_query_len,
         out,
     )
     return out
@@ -350,26 +375,30 @@ def _gated(kernels: Any, x: torch.Tensor, activation: int) -> torch.Tensor:
 
 
 def copy_blocks(caches: list[KVCache], pairs: list[tuple[int, int]]) -> None:
-    kernels = _kernels(caches[0][0]) if caches and pairs else None
+    if not caches or not pairs:
+        return
+    kernels = _kernels(caches[0][0], "copy_blocks", caches[0][0])
     if kernels is None:
         reference.copy_blocks(caches, pairs)
         return
-    index = torch.tensor(pairs, dtype=torch.int64)
-    for sides in caches:
-        for side in sides:
-            kernels.copy_blocks(side, index)
+    kernels.copy_blocks([side for sides in caches for side in sides], torch.tensor(pairs, dtype=torch.int64))
 
 
 def swap_blocks(source: list[KVCache], target: list[KVCache], pairs: list[tuple[int, int]]) -> None:
-    both_here = bool(source and pairs) and target[0][0].is_cpu
-    kernels = _kernels(source[0][0]) if both_here else None
-    if kernels is None:
+    if not source or not pairs:
+        return
+    sides, others = ([side for layer in cache for side in layer] for cache in (source, target))
+    # Between a device and the host the device's kernels serve, which reach pinned memory of the host's.
+    device_side = others[0] if others[0].is_cuda else sides[0]
+    kernels = _kernels(device_side, "swap_blocks", device_side)
+    if kernels is None or (device_side.is_cuda and not _reached(sides[0], others[0])):
         reference.swap_blocks(source, target, pairs)
         return
-    index = torch.tensor(pairs, dtype=torch.int64)
-    for from_sides, to_sides in zip(source, target, strict=True):
-        for side, other in zip(from_sides, to_sides, strict=True):
-            kernels.swap_blocks(side, other, index)
+    kernels.swap_blocks(sides, others, torch.tensor(pairs, dtype=torch.int64))
+
+
+def _reached(*tensors: torch.Tensor) -> bool:
+    return all(each.is_cuda or each.is_pinned() for each in tensors)
 
 
 def greedy_allowed(logits: torch.Tensor, allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -392,3 +421,39 @@ def greedy_logprob(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     logprob = torch.empty(rows, dtype=torch.float32, device=logits.device)
     kernels.greedy_logprob(logits, token, logprob)
     return token, logprob
+
+
+def penalties(
+    logits: torch.Tensor,
+    starts: torch.Tensor,
+    ids: torch.Tensor,
+    counts: torch.Tensor,
+    repetition: torch.Tensor,
+    frequency: torch.Tensor,
+    presence: torch.Tensor,
+) -> None:
+    kernels = _kernels(logits, "penalties")
+    if kernels is None or (logits.is_cpu and logits.dtype != torch.float32):
+        reference.penalties(logits, starts, ids, counts, repetition, frequency, presence)
+    else:
+        kernels.penalties(logits, starts, ids, counts, repetition, frequency, presence)
+
+
+def sample(
+    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kernels = _kernels(logits, "sample")
+    if kernels is None or (logits.is_cpu and logits.dtype != torch.float32):
+        return reference.sample(logits, temperature, seeds, positions)
+    rows = logits.shape[0]
+    token = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    logprob = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    kernels.sample(logits, temperature, seeds, positions, token, logprob)
+    return token, logprob
+
+
+def samples(device: torch.device) -> bool:
+    """Whether :func:`sample` is one pass of that device's kernel over float32 logits."""
+    if device.type != "cuda" or _library is None:
+        return False
+    return cuda.serves("sample", torch.float32, None, device.index or 0)

@@ -226,8 +226,8 @@ def swap_blocks(source: list[KVCache], target: list[KVCache], pairs: list[tuple[
     for from_sides, to_sides in zip(source, target, strict=True):
         for side, other in zip(from_sides, to_sides, strict=True):
             index = torch.tensor(pairs, dtype=torch.long)
-            taken = side[index[:, 0].to(side.device)]
-            other[index[:, 1].to(other.device)] = taken.to(other.device)
+            taken = _indexable(side)[index[:, 0].to(side.device)]
+            _indexable(other)[index[:, 1].to(other.device)] = taken.to(other.device)
 
 
 def _copy_at_once(caches: list[KVCache], pairs: list[tuple[int, int]]) -> None:
@@ -236,8 +236,82 @@ def _copy_at_once(caches: list[KVCache], pairs: list[tuple[int, int]]) -> None:
     index = torch.tensor(pairs, dtype=torch.long, device=caches[0][0].device)
     source, destination = index[:, 0], index[:, 1]
     for sides in caches:
-        for side in sides:
+        for side in map(_indexable, sides):
             side[destination] = side[source]
+
+
+def _indexable(side: torch.Tensor) -> torch.Tensor:
+    """8-bit floats as bytes: not every torch indexes them."""
+    return side.view(torch.uint8) if side.dtype in NARROW else side
+
+
+def penalties(
+    logits: torch.Tensor,
+    starts: torch.Tensor,
+    ids: torch.Tensor,
+    counts: torch.Tensor,
+    repetition: torch.Tensor,
+    frequency: torch.Tensor,
+    presence: torch.Tensor,
+) -> None:
+    """Penalises tokens of each row of logits ``[B, V]``, in place.
+
+    Row ``i`` concerns tokens ``ids[starts[i] : starts[i + 1]]``, each named once: starts int64 ``[B + 1]``
+    from 0 to ``N``, ids int64 ``[N]``. counts: int32 ``[N]``, how often the row's output holds the token; 0
+    where only its prompt does. repetition (Keskar et al. 2019, CTRL) divides positive logits and multiplies
+    the others; frequency, times the count, and presence, where there is a count, are subtracted as OpenAI
+    defines them: float32 ``[B]`` each, without effect where 1, 0 and 0.
+    """
+    rows = torch.arange(len(logits), device=logits.device)
+    row = rows.repeat_interleave(starts.diff(), output_size=len(ids))
+    picked = logits[row, ids].float()
+    factor = repetition[row]
+    picked = torch.where(picked > 0, picked / factor, picked * factor)
+    picked -= frequency[row] * counts
+    picked -= presence[row] * (counts > 0)
+    logits[row, ids] = picked.to(logits.dtype)
+
+
+def sample(
+    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws a token of ``softmax(logits / temperature)`` for each row.
+
+    logits: ``[B, V]``; temperature: float32 ``[B]``, 0 for the likeliest token. The draw is the greatest of
+    logit / temperature + Gumbel noise (Gumbel 1954), and the noise SplitMix64 (Steele, Lea & Flood 2014) of
+    seeds, positions (int64 ``[B]`` each) and the token's id: no row depends on another, or on its batch.
+    Returns int64 ``[B]`` and the tokens' log-probabilities in that softmax, float32 ``[B]``; those are not
+    finite where there is no such softmax.
+    """
+    greedy = temperature == 0
+    heated = logits.float() / temperature.masked_fill(greedy, 1.0).unsqueeze(1)
+    stream = _scramble(_scramble(seeds) + positions)
+    token = torch.arange(1, logits.shape[1] + 1, device=logits.device)
+    bits = _shifted(_scramble(stream.unsqueeze(1) + token * _GOLDEN), 41)
+    noise = -torch.log(-torch.log((bits.float() + 0.5) * 2.0**-23))
+    keys = torch.where(greedy.unsqueeze(1), heated, heated + noise)
+    keys = keys.masked_fill(keys.isnan(), float("-inf"))
+    token_ids = (keys == keys.amax(-1, keepdim=True)).int().argmax(-1)
+    return token_ids, heated.log_softmax(-1).gather(1, token_ids.unsqueeze(1)).squeeze(1)
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+
+
+def _shifted(bits: torch.Tensor, count: int) -> torch.Tensor:
+    """int64 shifted right as if unsigned."""
+    return (bits >> count) & ((1 << (64 - count)) - 1)
+
+
+def _scramble(z: torch.Tensor) -> torch.Tensor:
+    z = (z ^ _shifted(z, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    z = (z ^ _shifted(z, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return z ^ _shifted(z, 31)
+
+
+def samples(device: torch.device) -> bool:
+    """Whether :func:`sample` is one pass of that device's kernel over float32 logits."""
+    return False
 
 
 _BITS = torch.arange(32, dtype=torch.int32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from aserve import ops
 from aserve.messages.params import SamplingParams
 
 
@@ -17,7 +18,7 @@ class _Seen:
         ids, which = np.unique(np.array([*prompt, *output], dtype=np.int64), return_inverse=True)
         self.size = len(ids)
         self.ids = ids
-        self.counts = np.bincount(which[len(prompt) :], minlength=self.size).astype(np.float32)
+        self.counts = np.bincount(which[len(prompt) :], minlength=self.size).astype(np.int32)
         self.place = dict(zip(ids.tolist(), range(self.size), strict=True))
 
     def copy(self) -> _Seen:
@@ -33,10 +34,10 @@ class _Seen:
             if at == len(self.ids):
                 room = at + 64
                 self.ids = np.concatenate([self.ids, np.zeros(room, dtype=np.int64)])
-                self.counts = np.concatenate([self.counts, np.zeros(room, dtype=np.float32)])
+                self.counts = np.concatenate([self.counts, np.zeros(room, dtype=np.int32)])
             self.ids[at] = token_id
             self.size += 1
-        self.counts[at] += 1.0
+        self.counts[at] += 1
 
 
 class PenaltyRows:
@@ -64,30 +65,25 @@ class PenaltyRows:
         self._values.pop(slot, None)
 
     def apply(self, logits: torch.Tensor, rows: list[int], slots: list[int]) -> None:
-        """Penalises ``logits[rows[i]]`` by what ``slots[i]`` has seen, in place; no row is named twice.
+        """Penalises ``logits[rows[i]]`` by what ``slots[i]`` has seen, in place; the rows rise.
 
         Repetition (Keskar et al. 2019, CTRL) looks at prompt and output; frequency and presence, as
         OpenAI defines them, at the output only.
         """
         seen = [self._seen[slot] for slot in slots]
-        sizes = [each.size for each in seen]
-        device = logits.device
-
-        def spread(values: list[float] | list[int]) -> torch.Tensor:
-            return torch.from_numpy(np.repeat(np.array(values), sizes)).to(device)
-
-        row = spread(rows)
-        token = torch.from_numpy(np.concatenate([each.ids[: each.size] for each in seen])).to(device)
-        count = torch.from_numpy(np.concatenate([each.counts[: each.size] for each in seen])).to(device)
-        repetition, frequency, presence = (
-            spread(list(column)).float()
-            for column in zip(*(self._values[slot] for slot in slots), strict=True)
+        sizes = np.zeros(len(logits) + 1, dtype=np.int64)
+        rates = np.zeros((3, len(logits)), dtype=np.float32)
+        rates[0] = 1.0
+        at = np.array(rows)
+        sizes[at + 1] = [each.size for each in seen]
+        rates[:, at] = np.array([self._values[slot] for slot in slots], dtype=np.float32).T
+        parts = (
+            sizes.cumsum(),
+            np.concatenate([each.ids[: each.size] for each in seen]),
+            np.concatenate([each.counts[: each.size] for each in seen]),
+            *rates,
         )
-        picked = logits[row, token]
-        picked = torch.where(picked > 0, picked / repetition, picked * repetition)
-        picked -= frequency * count
-        picked -= presence * (count > 0)
-        logits[row, token] = picked
+        ops.penalties(logits, *(torch.from_numpy(each).to(logits.device) for each in parts))
 
     def count(self, slot: int, token_id: int) -> None:
         self._seen[slot].count(token_id)

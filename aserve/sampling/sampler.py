@@ -44,6 +44,10 @@ class Needs:
     CANDIDATES = 128
 
 
+_IN_A_PASS = Needs.DRAW | Needs.PENALTIES | Needs.PROCESSORS | Needs.MIN_TOKENS | Needs.GUIDED
+"""What rows may need that a device's kernel draws for in one pass over their logits."""
+
+
 @dataclass(slots=True)
 class Sampled:
     """Drawn tokens, int64 ``[S]``, and their log-probabilities, float32 ``[S]``.
@@ -223,6 +227,8 @@ class SamplerState:
         # How a row is computed must depend on its own needs alone, or its last bits would depend on its
         # neighbours'.
         kinds = np.where(needs == 0, 0, np.where(needs == Needs.GUIDED, 1, 2))
+        if ops.samples(logits.device):
+            kinds[(kinds == 2) & (needs & ~_IN_A_PASS == 0)] = 3
         if kinds.min() == kinds.max():
             sampled = self._draw_rows(kinds[0], logits, needs, slots, index)
         else:
@@ -240,12 +246,38 @@ class SamplerState:
     def _draw_rows(
         self, kind: int, logits: torch.Tensor, needs: np.ndarray, slots: list[int], index: np.ndarray
     ) -> Sampled:
-        """Rows of one kind: 0 needs the likeliest token, 1 the likeliest that its guide allows, 2 more."""
+        """Rows of one kind: 0 needs the likeliest token, 1 the likeliest that its guide allows, 2 more, and 3
+        of that only what a device's kernel draws by itself."""
         if kind == 0:
             return _greedy(logits)
         if kind == 1:
             return self._of_guided(logits, slots, *ops.greedy_logprob(logits))
+        if kind == 3:
+            return self._in_a_pass(logits, needs, slots, index)
         return self._sample(logits, needs, slots, index)
+
+    def _in_a_pass(
+        self, logits: torch.Tensor, needs: np.ndarray, slots: list[int], index: np.ndarray
+    ) -> Sampled:
+        """Rows drawn by a device's kernel; those it finds no token for are drawn by :meth:`_sample`."""
+        failed: dict[int, str] = {}
+        self._edit(logits, needs, slots, failed)
+        drawn = np.where(needs & Needs.DRAW, self.temperature[index], np.float32(0))
+        columns = (drawn, self.seeds[index].view(np.int64), self.num_output[index])
+        token_ids, logprobs = ops.sample(
+            logits, *(torch.from_numpy(each).to(logits.device) for each in columns)
+        )
+        sampled = Sampled(token_ids, logprobs, failed=failed)
+        finite = torch.isfinite(logprobs)
+        if not bool(finite.all()):
+            places = torch.nonzero(~finite).flatten()
+            odd = places.cpu().numpy()
+            only_drawn = needs[odd] & Needs.DRAW
+            again = self._sample(logits[places], only_drawn, [slots[i] for i in odd.tolist()], index[odd])
+            token_ids[places], logprobs[places] = again.token_ids, again.logprobs
+            for i, reason in again.failed.items():
+                failed.setdefault(int(odd[i]), reason)
+        return sampled
 
     def _of_guided(
         self, logits: torch.Tensor, slots: list[int], token_ids: torch.Tensor, logprobs: torch.Tensor

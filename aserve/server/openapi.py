@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -15,6 +16,9 @@ from aserve.server.openai.embeddings import EmbeddingBody
 from aserve.server.openai.protocol import Body, ChatBody, CompletionBody
 from aserve.server.openai.response_input import ResponseBody
 from aserve.server.openai.tokenization import DetokenizeBody, TokenizeBody
+from aserve.server.openapi_answers import ERROR, MESSAGES_ERROR, responses
+from aserve.server.openapi_fields import refine
+from aserve.server.service import service
 
 blueprint = Blueprint("openapi", __name__)
 
@@ -30,47 +34,29 @@ BODIES: dict[str, type[Body]] = {
     "/detokenize": DetokenizeBody,
 }
 
-_PROMPTS = {
-    "anyOf": [
-        {"type": "string", "minLength": 1},
-        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
-        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
-        {
-            "type": "array",
-            "items": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
-            "minItems": 1,
-        },
-    ]
-}
-"""The forms of ``prompt`` and ``input``, which are told apart by hand."""
-
-_ERROR = {
-    "type": "object",
-    "properties": {
-        "error": {
-            "type": "object",
-            "properties": {"message": {"type": "string"}, "type": {"type": "string"}},
-            "required": ["message", "type"],
-        }
-    },
-    "required": ["error"],
-}
-
 
 @blueprint.get("/openapi.json")
 async def openapi() -> Response:
+    """This document."""
     app: Any = current_app
-    return Response(_serialised(app._get_current_object()), content_type="application/json")
+    shared = service()
+    names = () if shared.engine is None else tuple(shared.engine.model_config.served_model_name)
+    guarded = bool(shared.args.api_key or shared.args.api_key_file)
+    data = _serialised(app._get_current_object(), names, guarded)
+    return Response(data, content_type="application/json")
 
 
 @functools.lru_cache(maxsize=1)
-def _serialised(app: Quart) -> bytes:
-    return orjson.dumps(document(app))
+def _serialised(app: Quart, models: tuple[str, ...], guarded: bool) -> bytes:
+    return orjson.dumps(document(app, models, guarded=guarded))
 
 
-def document(app: Quart) -> dict[str, Any]:
-    """The OpenAPI 3.1 document of an application's routes."""
-    schemas: dict[str, Any] = {"Error": _ERROR}
+def document(app: Quart, models: Sequence[str] = (), *, guarded: bool = True) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of an application's routes.
+
+    models: the names that are served, if they are known. guarded: whether there are keys at all.
+    """
+    schemas: dict[str, Any] = {"Error": ERROR, "MessagesError": MESSAGES_ERROR}
     paths: dict[str, dict[str, Any]] = {}
     for rule in sorted(app.url_map.iter_rules(), key=lambda rule: rule.rule):
         path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
@@ -79,13 +65,7 @@ def document(app: Quart) -> dict[str, Any]:
             operation: dict[str, Any] = {
                 "operationId": f"{rule.endpoint}".replace(".", "_"),
                 "summary": (view.__doc__ or view.__name__.replace("_", " ")).strip().splitlines()[0],
-                "responses": {
-                    "200": {"description": "the answer"},
-                    "default": {
-                        "description": "an error",
-                        "content": {"application/json": {"schema": _reference("Error")}},
-                    },
-                },
+                "responses": responses(path),
             }
             names = re.findall(r"{(\w+)}", path)
             if names:
@@ -93,11 +73,12 @@ def document(app: Quart) -> dict[str, Any]:
                     {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
                     for name in names
                 ]
-            if not getattr(view, "aserve_open", False):
+            admin = getattr(view, "aserve_admin", False)
+            if admin or (guarded and not getattr(view, "aserve_open", False)):
                 operation["security"] = [{"key": []}]
             body = BODIES.get(rule.rule)
             if body is not None:
-                _add(schemas, body)
+                _add(schemas, body, models)
                 content = {"application/json": {"schema": _reference(body.__name__)}}
                 operation["requestBody"] = {"required": True, "content": content}
             paths.setdefault(path, {})[method.lower()] = operation
@@ -116,22 +97,9 @@ def _reference(name: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _add(schemas: dict[str, Any], body: type[Body]) -> None:
+def _add(schemas: dict[str, Any], body: type[Body], models: Sequence[str]) -> None:
     schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
     inner: dict[str, Any] = schema.pop("$defs", {})
     for name, each in {**inner, body.__name__: schema}.items():
-        properties: dict[str, Any] = each.get("properties", {})
-        for field in ("prompt", "input"):
-            if field in properties and body in (CompletionBody, EmbeddingBody):
-                properties[field] = _PROMPTS
-        for field in properties.keys() - set(each.get("required", ())):
-            properties[field] = _or_null(properties[field])
+        refine(name, each, models)
         schemas[name] = each
-
-
-def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """``schema``, or null, which says that the field is not given."""
-    kinds = schema.get("anyOf", [schema])
-    if {"type": "null"} in kinds or not schema.keys() - {"title", "default"}:
-        return schema
-    return {"anyOf": [schema, {"type": "null"}]}

@@ -97,9 +97,11 @@ class Cors:
 
     async def preflight(self) -> Response | None:
         """A ``before_request`` hook: answers a preflight itself, before routing and the API key."""
+        if request.method != "OPTIONS":
+            return None
         origin = request.headers.get("Origin")
         method = request.headers.get("Access-Control-Request-Method")
-        if request.method != "OPTIONS" or origin is None or method is None:
+        if origin is None or method is None:
             return None
         asked = request.headers.get("Access-Control-Request-Headers", "")
         names = [name.strip().lower() for name in asked.split(",") if name.strip()]

@@ -100,6 +100,8 @@ def render_chat(
 
 def _check_variables(tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> None:
     """Keeps a request from switching the renderer's own options, such as ``tokenize``."""
+    if not variables:
+        return
     reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters)
     reserved |= {"messages", "raise_exception", "strftime_now"}
     clash = sorted(reserved.intersection(variables))

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from aserve import ops
 from aserve.attention.base import KVCache
 from aserve.config.cache import DEFAULT_SWAP_BYTES
 from aserve.config.engine import EngineConfig
@@ -77,12 +78,7 @@ def move_blocks(sources: list[KVCache], destinations: list[KVCache], pairs: list
 
     The caches may be on different devices; no destination may be named twice.
     """
-    here = torch.tensor([source for source, _ in pairs])
-    there = torch.tensor([destination for _, destination in pairs])
-    for old, new in zip(sources, destinations, strict=True):
-        for side, target in zip(old, new, strict=True):
-            blocks = side[here.to(side.device)]
-            target.index_copy_(0, there.to(target.device), blocks.to(target.device))
+    ops.swap_blocks(sources, destinations, pairs)
 
 
 def allocate(

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from aserve.attention import route
 from aserve.config.engine import EngineConfig
 from aserve.messages.step import CacheCapacity, SampleLogprobs, StepPlan, StepResult
 from aserve.model.loader import load_model
@@ -43,6 +44,7 @@ class Runner(ABC):
     def start(self) -> CacheCapacity:
         """Loads the model, allocates the cache, runs one warm-up step."""
         config = self.config
+        route.check(self.device)
         phases: dict[str, float] = {}
         clock = _Stopwatch(phases)
         torch.manual_seed(config.model.seed)

@@ -1,7 +1,7 @@
 // Attention over the paged cache: one kernel for decode, prefill, and chunks after a cached prefix.
 //
 // The queries of one row and one KV head, `group` heads times its tokens, are the rows of a matrix
-// (token-major), cut into tiles of kTile. Keys are taken in segments of kSegment: all scores of a segment,
+// (token-major), cut into tiles of kTile; where they are few a tile holds those of several KV heads. Keys are taken in segments of kSegment: all scores of a segment,
 // their softmax, then the weighted values. Few queries meet the keys as these are read; many meet them
 // turned into float32 columns, kKeys at a time. Segments are merged in their order by the rule of the online
 // softmax (Milakov & Gimelshein 2018), so that they can go to different threads.
@@ -18,7 +18,7 @@
 
 // The first keys an item reads.
 inline Stretch first_stretch(const AttentionArgs& a, const Item& item) {
-  const TileShape s = tile_shape(a, item.place.row, item.place.tile);
+  const TileShape s = tile_shape(a, item.place);
   return stretch_at(item.place, maximum(s.begin, item.first_segment * int64_t{kSegment}), s.end);
 }
 
@@ -26,7 +26,7 @@ inline Stretch first_stretch(const AttentionArgs& a, const Item& item) {
 template <typename T>
 inline void run_item(AttentionPlan& plan, const AttentionArgs& a, const Item& item, const Item* following,
                      const Workspace& w, int64_t width) {
-  const TileShape s = tile_shape(a, item.place.row, item.place.tile);
+  const TileShape s = tile_shape(a, item.place);
   read_query(a, item.place, s, w.query);
   const auto sum_up = [&](int segment, Sums sums) {
     const int64_t begin = maximum(s.begin, segment * int64_t{kSegment});
@@ -52,14 +52,14 @@ inline void run_item(AttentionPlan& plan, const AttentionArgs& a, const Item& it
     const int64_t first_part = item.part + s.begin / kSegment - item.first_segment;
     for (int g = 0; g < item.parts; g++) {
       const Sums part = sums_at(plan.partial + (first_part + g) * floats, plan.queries, width);
-      merge(w.closed, part, s.count, width, g == 0);
+      merge(w.closed, part, s.rows, width, g == 0);
     }
     write_out<T>(a, item.place, s, w.closed, width);
     return;
   }
   for (int g = item.first_segment; g < item.last_segment; g++) {
     sum_up(g, w.open);
-    if (item.last_segment - item.first_segment > 1) merge(w.closed, w.open, s.count, width, g == item.first_segment);
+    if (item.last_segment - item.first_segment > 1) merge(w.closed, w.open, s.rows, width, g == item.first_segment);
   }
   write_out<T>(a, item.place, s, item.last_segment - item.first_segment > 1 ? w.closed : w.open, width);
 }

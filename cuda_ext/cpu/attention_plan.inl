@@ -35,10 +35,11 @@ inline PlanSizes plan_sizes(const AttentionArgs& a, int workers) {
   PlanSizes s = {};
   for (int64_t row = 0; row < a.rows; row++) {
     const int64_t tokens = a.query_start[row + 1] - a.query_start[row];
-    const int64_t row_tiles = ceil_div(tokens * group, kTile);
-    s.queries = maximum(s.queries, minimum(kTile, tokens * group));
-    s.tiles += row_tiles * a.kv_heads;
-    s.segments += row_tiles * a.kv_heads * ceil_div(a.seq_lens[row], kSegment);
+    const int64_t heads = heads_of_tile(a, row, workers);
+    const int64_t row_tiles = ceil_div(tokens * group, kTile) * ceil_div(a.kv_heads, heads);
+    s.queries = maximum(s.queries, minimum(kTile, tokens * group * heads));
+    s.tiles += row_tiles;
+    s.segments += row_tiles * ceil_div(a.seq_lens[row], kSegment);
     s.work += tokens * a.seq_lens[row] * a.q_heads * a.head_size;
   }
   s.workers = workers;
@@ -96,13 +97,16 @@ Status attention_plan(const AttentionArgs& shape, int workers, void* memory, Att
   int32_t part = 0, counter = 0;
   for (int64_t row = 0; row < shape.rows; row++) {
     const int64_t tokens = shape.query_start[row + 1] - shape.query_start[row];
+    const int64_t heads = heads_of_tile(shape, row, workers);
     // The last tiles of a row see the most keys: they go first.
     for (int64_t tile = ceil_div(tokens * group, kTile) - 1; tile >= 0; tile--) {
-      const TileShape t = tile_shape(shape, static_cast<int>(row), static_cast<int>(tile));
+      Place place = {static_cast<int32_t>(row), 0, static_cast<int32_t>(heads), static_cast<int32_t>(tile)};
+      const TileShape t = tile_shape(shape, place);
       const int32_t first = static_cast<int32_t>(t.begin / kSegment);
       const int32_t last = static_cast<int32_t>(ceil_div(t.end, kSegment));
-      for (int64_t head = 0; head < shape.kv_heads; head++) {
-        const Place place = {static_cast<int32_t>(row), static_cast<int32_t>(head), static_cast<int32_t>(tile)};
+      for (int64_t head = 0; head < shape.kv_heads; head += heads) {
+        place.kv_head = static_cast<int32_t>(head);
+        place.heads = static_cast<int32_t>(minimum(heads, shape.kv_heads - head));
         Item item = {place, first, last, -1, last - first, counter};
         if (!s.split || last - first == 1) {
           items[plan.count++] = item;

@@ -51,21 +51,23 @@ inline Workspace workspace_at(float* p, int64_t head_size, int64_t width) {
   return w;
 }
 
-// Which tile: of which row and KV head.
+// Which tile: of which row, for which KV heads.
 struct Place {
-  int32_t row, kv_head, tile;
+  int32_t row, kv_head, heads, tile;
 };
 
 struct TileShape {
   int64_t first_token;     // of the row in q and out
   int64_t first_position;  // of the row's first query
   int64_t first_index;     // of the tile's first query among the row's group * tokens
-  int count;               // queries of the tile
+  int count;               // queries of the tile for each KV head
   int group;
+  int rows;                // queries of the tile, those of its first KV head first
   int64_t begin, end;      // keys any of its queries sees
 };
 
-inline TileShape tile_shape(const AttentionArgs& a, int row, int tile) {
+inline TileShape tile_shape(const AttentionArgs& a, const Place& place) {
+  const int row = place.row, tile = place.tile;
   TileShape s;
   s.group = static_cast<int>(a.q_heads / a.kv_heads);
   const int64_t tokens = a.query_start[row + 1] - a.query_start[row];
@@ -73,13 +75,22 @@ inline TileShape tile_shape(const AttentionArgs& a, int row, int tile) {
   s.first_position = a.seq_lens[row] - tokens;
   s.first_index = static_cast<int64_t>(tile) * kTile;
   s.count = static_cast<int>(minimum(kTile, tokens * s.group - s.first_index));
+  s.rows = s.count * place.heads;
   s.end = s.first_position + (s.first_index + s.count - 1) / s.group + 1;
   const int64_t first = s.first_position + s.first_index / s.group;
   s.begin = a.window > 0 ? maximum(0, first - a.window + 1) : 0;
   return s;
 }
 
-// Keys [begin, end) of a tile's row and KV head, within one segment. Empty where there is none.
+// How many KV heads a tile of a row takes. A block of the cache holds the keys of all heads one after the other: few
+// queries go through it in that order, as fast as the memory gives it, where that leaves enough tiles.
+inline int64_t heads_of_tile(const AttentionArgs& a, int64_t row, int workers) {
+  const int64_t group = a.q_heads / a.kv_heads, each = (a.query_start[row + 1] - a.query_start[row]) * group;
+  if (each > kFew || a.rows < 4 * workers) return 1;
+  return minimum(a.kv_heads, kTile / maximum(each, 1));
+}
+
+// Keys [begin, end) of a tile's row and KV heads, within one segment. Empty where there is none.
 struct Stretch {
   Place place;
   int64_t begin, end;
@@ -102,7 +113,7 @@ inline Range visible(const AttentionArgs& a, const TileShape& s, const Stretch& 
 }
 
 // Finds rows of the cache through the block table: of the keys begin / W * W and following, in whole vectors
-// and at most `limit`. Those before `begin` and from `end` on get the address of a neighbour. Returns how many.
+// and at most `limit`; the rows of the first KV head. Those before `begin` and from `end` on get the address of a neighbour. Returns how many.
 inline int find_rows(const AttentionArgs& a, const Stretch& keys, const void* cache, size_t size, int limit,
                      const char** rows) {
   const int32_t* table = a.block_tables + keys.place.row * a.table_stride;
@@ -124,25 +135,39 @@ inline int find_rows(const AttentionArgs& a, const Stretch& keys, const void* ca
   return count;
 }
 
-// Rows requested ahead: enough bytes to hide the memory's latency, few enough to stay in the nearest cache.
-inline int rows_ahead(size_t row_bytes) {
-  const int64_t rows = 8192 / static_cast<int64_t>(row_bytes) / W * W;
+// Rows requested ahead: enough bytes to hide the memory's latency, few enough to stay in the nearest cache. Where the
+// reading is in the order of the addresses the hardware's own prefetching does its part.
+inline int rows_ahead(size_t row_bytes, int heads) {
+  const int64_t rows = (heads > 1 ? 4096 : 8192) / static_cast<int64_t>(row_bytes) / W * W;
   return static_cast<int>(maximum(W, minimum(kAhead, rows)));
+}
+
+// f(place among the tile's queries, token, head) for each of them.
+template <typename F>
+inline void each_query(const Place& place, const TileShape& s, const F& f) {
+  for (int h = 0, m = 0; h < place.heads; h++) {
+    int64_t token = s.first_token + s.first_index / s.group, member = s.first_index % s.group;
+    for (const int stop = m + s.count; m < stop; m++) {
+      f(m, token, (place.kv_head + h) * s.group + member);
+      if (++member == s.group) {
+        member = 0;
+        token++;
+      }
+    }
+  }
 }
 
 inline void read_query(const AttentionArgs& a, const Place& place, const TileShape& s, float* query) {
   const int head_size = static_cast<int>(a.head_size);
   with_type(a.dtype, [&](auto element) {
     using T = typename Plain<decltype(element)>::type;
-    for (int m = 0; m < s.count; m++) {
-      const int64_t index = s.first_index + m, token = s.first_token + index / s.group;
-      const int64_t head = place.kv_head * s.group + index % s.group;
+    each_query(place, s, [&](int m, int64_t token, int64_t head) {
       const T* q = static_cast<const T*>(a.q) + token * a.q_token + head * a.q_head;
       for (int d = 0; d < head_size; d += W) {
         const int n = head_size - d < W ? head_size - d : W;
         store(query + m * head_size + d, mul(load(q + d, n), set1(a.scale)), n);
       }
-    }
+    });
   });
 }
 
@@ -157,9 +182,7 @@ inline void write_out(const AttentionArgs& a, const Place& place, const TileShap
   const int head_size = static_cast<int>(a.head_size);
   with_type(a.dtype, [&](auto element) {
     using T = typename Plain<decltype(element)>::type;
-    for (int m = 0; m < s.count; m++) {
-      const int64_t index = s.first_index + m, token = s.first_token + index / s.group;
-      const int64_t head = place.kv_head * s.group + index % s.group;
+    each_query(place, s, [&](int m, int64_t token, int64_t head) {
       T* out = static_cast<T*>(a.out) + (token * a.q_heads + head) * head_size;
       const V scale = set1(1.0f / sums.weight[m]);
       for (int d = 0; d < head_size; d += 2 * W) {
@@ -173,6 +196,6 @@ inline void write_out(const AttentionArgs& a, const Place& place, const TileShap
           if (d + W < head_size) store(out + d + W, y, head_size - d - W);
         }
       }
-    }
+    });
   });
 }

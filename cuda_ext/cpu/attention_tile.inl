@@ -28,18 +28,19 @@ inline void load_pair(const bf16* p, int n, V& x, V& y) {
   y = high(p, both);
 }
 
-// Requests a share, `part` of `parts`, of W rows of the cache. Blocks are scattered, which the hardware's own
+// Requests a share, `part` of `parts`, of W rows of the cache, `offset` bytes further. Blocks are scattered, which the hardware's own
 // prefetching cannot follow, and a burst of requests would stall: shares go between the arithmetic.
-inline void request(const char* const* rows, int part, int parts) {
+inline void request(const char* const* rows, int64_t offset, int part, int parts) {
   const int last = W * (part + 1) / parts;
   for (int i = W * part / parts; i < last; i++)
-    for (int line = 0; line < parts; line++) __builtin_prefetch(rows[i] + line * static_cast<int>(sizeof(Words)), 0, 3);
+    for (int line = 0; line < parts; line++) __builtin_prefetch(rows[i] + offset + line * static_cast<int>(sizeof(Words)), 0, 3);
 }
 
-// W words from each of W rows of the cache, turned: words[i] holds word `first` + i of every row; `count`
+// W words from each of W rows of the cache, `offset` bytes further, turned: words[i] holds word `first` + i of every row; `count`
 // of them exist.
-[[gnu::always_inline]] inline void read_words(const char* const* rows, int first, int count, Words* words) {
-  const size_t offset = static_cast<size_t>(first) * 4;
+[[gnu::always_inline]] inline void read_words(const char* const* rows, int64_t offset, int first, int count,
+                                              Words* words) {
+  offset += 4 * first;
   if (count >= W) {
 #pragma GCC unroll 16
     for (int i = 0; i < W; i++) words[i] = load_words(rows[i] + offset);
@@ -67,10 +68,11 @@ template <typename T, int M>
   }
 }
 
-// scores[m, 0 : W] = query[m] . key, m < M, for W keys: each word is used where it comes up.
+// scores[m, 0 : W] = query[m] . key, m < M, for W keys: each word is used where it comes up. The keys, and the rows
+// requested, lie `offset` bytes after what `rows` and `ahead` point at.
 template <typename T, int M>
-inline void score_keys(const float* query, const char* const* rows, const char* const* ahead, int head_size,
-                       float* scores) {
+inline void score_keys(const float* query, const char* const* rows, const char* const* ahead, int64_t offset,
+                       int head_size, float* scores) {
   constexpr int kEach = 4 / sizeof(T);  // features of a word
   V sum[2][M];
   const float* q[M];
@@ -83,8 +85,8 @@ inline void score_keys(const float* query, const char* const* rows, const char* 
   int first = 0;
   for (; first + W <= words; first += W) {
     Words word[W];
-    read_words(rows, first, W, word);
-    request(ahead, first / W, parts);
+    read_words(rows, offset, first, W, word);
+    request(ahead, offset, first / W, parts);
 #pragma GCC unroll 16
     for (int i = 0; i < W; i++) add_word<T, M>(q, i, word[i], sum);
 #pragma GCC unroll 8
@@ -92,8 +94,8 @@ inline void score_keys(const float* query, const char* const* rows, const char* 
   }
   if (first < words) {
     Words word[W];
-    read_words(rows, first, words - first, word);
-    request(ahead, first / W, parts);
+    read_words(rows, offset, first, words - first, word);
+    request(ahead, offset, first / W, parts);
     for (int i = 0; i < words - first; i += 2) {  // the head size is a multiple of 8
       add_word<T, M>(q, i, word[i], sum);
       add_word<T, M>(q, i + 1, word[i + 1], sum);
@@ -113,8 +115,8 @@ inline void turn_keys(const char* const* rows, const char* const* ahead, int vec
     for (int first = 0; first < words; first += W) {
       Words word[W];
       const int count = words - first < W ? words - first : W;
-      read_words(rows + j * W, first, count, word);
-      request(ahead + j * W, first / W, parts);
+      read_words(rows + j * W, 0, first, count, word);
+      request(ahead + j * W, 0, first / W, parts);
       float* out = columns + static_cast<int64_t>(first) * kEach * kKeys + j * W;
 #pragma GCC unroll 16
       for (int i = 0; i < W; i++) {
@@ -157,17 +159,18 @@ inline void score_rows(const float* query, const float* columns, int vectors, in
 }
 
 // values[m] += sum over t in [0, count) of weights[m, t] * value t, m < M, for N pairs of vectors of
-// features; `part` of the features of the last pair exist. ahead: as many rows to be requested, or null.
+// features; `part` of the features of the last pair exist. ahead: as many rows to be requested, or null. Both lie
+// `offset` bytes after what is pointed at.
 template <typename T, int M, int N, bool kPart>
-inline void value_block(const float* weights, const char* const* rows, const char* const* ahead, int count,
-                        int feature, int part, float* values, int64_t width) {
+inline void value_block(const float* weights, const char* const* rows, const char* const* ahead, int64_t offset,
+                        int count, int feature, int part, float* values, int64_t width) {
   V sum[M][2 * N];
   for (int m = 0; m < M; m++)
     for (int j = 0; j < 2 * N; j++) sum[m][j] = load(values + m * width + feature + j * W);
   for (int t = 0; t < count; t++) {
-    const T* row = reinterpret_cast<const T*>(rows[t]) + feature;
+    const T* row = reinterpret_cast<const T*>(rows[t] + offset) + feature;
     if (ahead != nullptr) {
-      const T* next = reinterpret_cast<const T*>(ahead[t]) + feature;
+      const T* next = reinterpret_cast<const T*>(ahead[t] + offset) + feature;
       for (size_t at = 0; at < 2 * N * W * sizeof(T); at += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(next) + at, 0, 3);
     }
@@ -189,15 +192,15 @@ inline void value_block(const float* weights, const char* const* rows, const cha
 }
 
 template <typename T, int M>
-inline void value_rows(const float* weights, const char* const* rows, const char* const* ahead, int count,
-                       int head_size, float* values, int64_t width) {
+inline void value_rows(const float* weights, const char* const* rows, const char* const* ahead, int64_t offset,
+                       int count, int head_size, float* values, int64_t width) {
   constexpr int kPairs = kCols / 2, kStep = 2 * W;
   int d = 0;
   for (; d + kPairs * kStep <= head_size; d += kPairs * kStep)
-    value_block<T, M, kPairs, false>(weights, rows, ahead, count, d, 0, values, width);
+    value_block<T, M, kPairs, false>(weights, rows, ahead, offset, count, d, 0, values, width);
   for (; d + kStep <= head_size; d += kStep)
-    value_block<T, M, 1, false>(weights, rows, ahead, count, d, 0, values, width);
-  if (d < head_size) value_block<T, M, 1, true>(weights, rows, ahead, count, d, head_size - d, values, width);
+    value_block<T, M, 1, false>(weights, rows, ahead, offset, count, d, 0, values, width);
+  if (d < head_size) value_block<T, M, 1, true>(weights, rows, ahead, offset, count, d, head_size - d, values, width);
 }
 
 // f(integral constant M, first row) over `count` rows in register tiles of M <= kRows.
@@ -276,8 +279,8 @@ template <typename T>
 inline void stretch_sums(const AttentionArgs& a, const TileShape& s, const Workspace& w, const Stretch& keys,
                          const Stretch& following, Sums sums, int64_t width) {
   const int head_size = static_cast<int>(a.head_size);
-  for (int64_t i = 0; i < s.count * width; i += W) store(sums.values + i, zero());
-  const int ahead = rows_ahead(a.head_size * sizeof(T));
+  for (int64_t i = 0; i < s.rows * width; i += W) store(sums.values + i, zero());
+  const int heads = keys.place.heads, ahead = rows_ahead(a.head_size * sizeof(T), heads);
   const char** key_rows = w.rows;
   const int count = find_rows(a, keys, a.k_cache, sizeof(T), kSegment, key_rows);
   const char** value_rows_ = key_rows + count;
@@ -293,11 +296,14 @@ inline void stretch_sums(const AttentionArgs& a, const TileShape& s, const Works
   const auto range = [&](int first, int last) {  // of queries
     return Range{seen[first].first, seen[last - 1].last};
   };
+  const int64_t to_next_head = a.cache_head * static_cast<int64_t>(sizeof(T));
   if (s.count <= kFew) {
     by_rows(s.count, [&](auto size, int) {
+      constexpr int M = decltype(size)::value;
       for (int t = 0; t < count; t += W)
-        score_keys<T, decltype(size)::value>(w.query, key_rows + t, key_rows + t + ahead, head_size,
-                                             w.scores + base + t);
+        for (int h = 0; h < heads; h++)
+          score_keys<T, M>(w.query + h * M * head_size, key_rows + t, key_rows + t + ahead, h * to_next_head, head_size,
+                           w.scores + h * M * kSegment + base + t);
     });
   } else {
     for (int t = 0; t < count; t += kKeys) {
@@ -318,22 +324,28 @@ inline void stretch_sums(const AttentionArgs& a, const TileShape& s, const Works
     const Range all = range(m, m + decltype(size)::value);
     for (int i = m; i < m + decltype(size)::value; i++) {
       const int index = static_cast<int>(s.first_index) + i;
-      const float slope =
-          a.alibi_slopes == nullptr ? 0.0f : a.alibi_slopes[keys.place.kv_head * s.group + index % s.group];
-      weigh(a, w.scores + i * kSegment, seen[i], all, slope, s.first_position + index / s.group - start,
-            sums.greatest[i], sums.weight[i]);
+      for (int h = 0; h < heads; h++) {
+        const int query = h * s.count + i;
+        const int64_t head = (keys.place.kv_head + h) * s.group + index % s.group;
+        weigh(a, w.scores + query * kSegment, seen[i], all, a.alibi_slopes == nullptr ? 0.0f : a.alibi_slopes[head],
+              s.first_position + index / s.group - start, sums.greatest[query], sums.weight[query]);
+      }
     }
   });
-  for (int t = 0; t < count; t += kKeys) {
-    const int stop = t + kKeys < count ? t + kKeys : count;
+  const int step = heads > 1 ? W : kKeys;
+  for (int t = 0; t < count; t += step) {
+    const int stop = t + step < count ? t + step : count;
     by_rows(s.count, [&](auto size, int m) {
       const Range some = range(m, m + decltype(size)::value);
       const int first = some.first - base, last = some.last - base < stop ? some.last - base : stop;
       const int from = first > t ? first : t;
-      if (from < last)
-        value_rows<T, decltype(size)::value>(w.scores + m * kSegment + base + from, value_rows_ + from,
-                                             m == 0 ? value_rows_ + from + ahead : nullptr, last - from, head_size,
-                                             sums.values + m * width, width);
+      if (from >= last) return;
+      for (int h = 0; h < heads; h++) {
+        const int query = h * s.count + m;
+        value_rows<T, decltype(size)::value>(w.scores + query * kSegment + base + from, value_rows_ + from,
+                                             m == 0 ? value_rows_ + from + ahead : nullptr, h * to_next_head,
+                                             last - from, head_size, sums.values + query * width, width);
+      }
     });
   }
 }

@@ -40,6 +40,8 @@ constexpr int64_t kMlpFloats = 48 << 10;  // of such a block: it stays in the se
 constexpr int kLayouts = 2;
 constexpr int ready_layout(Format format) { return is_dense(format) ? 0 : 1; }
 
+constexpr size_t kFetchWaiting = 128 << 10;  // bytes of weights that are fetched while waiting at a barrier
+
 struct DrawCounter {
   alignas(64) int64_t next;
 };
@@ -131,6 +133,7 @@ class DecoderWorker {
   void run() {
     for (int64_t i = 0; i < stack_.layers; i++) {
       const DecoderLayer& l = a_.layers[i];
+      look_ahead(i);
       const float* before = i > 0 ? a_.layers[i - 1].post_mlp_norm : nullptr;
       rows([&](int64_t t) {
         if (i == 0) {
@@ -144,11 +147,11 @@ class DecoderWorker {
       project(l);
       if (member_.index == 0) attention_begin(*call_.plans[l.window]);
       PROFILE(1)
-      sync();
+      sync(kV);
       PROFILE(7)
       attend(l);
       PROFILE(2)
-      sync();
+      sync(kV);
       PROFILE(7)
       const size_t attended = ready_bytes(l.out.format, l.out.columns);
       rows([&](int64_t t) {
@@ -156,9 +159,9 @@ class DecoderWorker {
                        memory_.ready_attended + static_cast<size_t>(t) * attended);
       });
       PROFILE(0)
-      product(l.out, memory_.ready_attended);
+      product(l.out, memory_.ready_attended, kOut);
       PROFILE(3)
-      sync();
+      sync(kOut);
       PROFILE(7)
       rows([&](int64_t t) {
         add_sublayer(t, l.post_attention_norm, l.eps);
@@ -167,11 +170,11 @@ class DecoderWorker {
       PROFILE(0)
       gate_and_up(l);
       PROFILE(4)
-      sync();
+      sync(kUp);
       PROFILE(7)
-      product(l.down, call_.ready_mlp);
+      product(l.down, call_.ready_mlp, kDown);
       PROFILE(5)
-      sync();
+      sync(kDown);
       PROFILE(7)
     }
     finish();
@@ -196,23 +199,78 @@ class DecoderWorker {
     cut_member(cut, call_, sizes, memory_, row_, block_, scratch_);
   }
 
-  void sync() {
+  // What a member reads of a layer, in this order.
+  enum Read { kQ, kK, kV, kOut, kGate, kUp, kDown, kReads };
+
+  // A barrier. `last`: what has been read last, where what follows is known.
+  void sync(Read last = kReads) {
     // This counter was last used before the last barrier but one, and is not used before the next.
     if (member_.index == 0) __atomic_store_n(&call_.counters[(phase_ + 2) % 4].next, 0, __ATOMIC_RELAXED);
-    member_.sync();
+    const Upcoming next = last == kReads ? kNothingUpcoming : *after(last);
+    member_.sync(next.data, minimum(next.bytes, kFetchWaiting));
     phase_++;
+  }
+
+  const Upcoming* after(Read read) const { return path_ + path_after_[read]; }
+
+  // Lists this member's shares of the layer's weights and of those it reads next; none where shares are drawn.
+  void look_ahead(int64_t layer) {
+    int used = 0;
+    const auto append = [&](const PackedWeight& w, int64_t first, int64_t last) {
+      if (first >= last) return;
+      const size_t size = group_bytes(w.format, w.columns);
+      path_[used++] = {w.data + static_cast<size_t>(first) * size, static_cast<size_t>(last - first) * size, size};
+    };
+    const auto share_of = [&](const PackedWeight& w, int64_t multiple) {
+      const Part part = part_of(w.groups(), multiple, member_.index, member_.count);
+      append(w, part.first, part.last);
+    };
+    for (int64_t i = layer; i < minimum(layer + 2, stack_.layers) && !call_.draw; i++) {
+      const DecoderLayer& l = a_.layers[i];
+      const auto note = [&](Read read) {
+        if (i == layer) path_after_[read] = used;
+      };
+      const ProjectParts parts = project_parts(part_of(heads_groups(), 1, member_.index, member_.count));
+      append(l.q, parts.q.first, parts.q.last);
+      note(kQ);
+      append(l.k, parts.k.first, parts.k.last);
+      note(kK);
+      append(l.v, parts.v.first, parts.v.last);
+      note(kV);
+      share_of(l.out, 1);
+      note(kOut);
+      share_of(l.gate, gate_multiple(l));
+      note(kGate);
+      share_of(l.up, gate_multiple(l));
+      note(kUp);
+      share_of(l.down, 1);
+      note(kDown);
+    }
+    if (call_.draw) {
+      for (int& place : path_after_) place = 0;
+    } else if (layer + 2 > stack_.layers && stack_.head.data != nullptr) {
+      share_of(stack_.head, 1);
+    }
+    path_[used] = kNothingUpcoming;
+  }
+
+  struct Part {
+    int64_t first, last;
+  };
+  static Part part_of(int64_t count, int64_t multiple, int64_t i, int64_t parts) {
+    const int64_t units = ceil_div(count, multiple);
+    return {minimum(count, units * i / parts * multiple), minimum(count, units * (i + 1) / parts * multiple)};
   }
 
   // body(first, last) over parts of [0, count) that begin at multiples of `multiple`. A barrier follows.
   template <typename F>
   void share(int64_t count, int64_t multiple, const F& body) {
-    const int64_t units = ceil_div(count, multiple);
     const auto part = [&](int64_t i, int64_t parts) {
-      const int64_t first = units * i / parts, last = units * (i + 1) / parts;
-      if (first < last) body(first * multiple, minimum(count, last * multiple));
+      const Part p = part_of(count, multiple, i, parts);
+      if (p.first < p.last) body(p.first, p.last);
     };
     if (!call_.draw) return part(member_.index, member_.count);
-    const int64_t parts = minimum(units, member_.count * kDrawParts);
+    const int64_t parts = minimum(ceil_div(count, multiple), member_.count * kDrawParts);
     int64_t& next = call_.counters[phase_ % 4].next;
     for (int64_t i = draw(next); i < parts; i = draw(next)) part(i, parts);
   }
@@ -224,14 +282,14 @@ class DecoderWorker {
   void share_pieces(int64_t groups, int64_t multiple, const F& body) {
     if (a_.tokens <= kPieceRows)
       return share(groups, multiple, [&](int64_t first, int64_t last) { body(0, a_.tokens, first, last); });
-    const int64_t pieces = ceil_div(a_.tokens, kPieceRows), units = ceil_div(groups, multiple);
-    const int64_t parts = minimum(units, member_.count * kDrawParts);
+    const int64_t pieces = ceil_div(a_.tokens, kPieceRows);
+    const int64_t parts = minimum(ceil_div(groups, multiple), member_.count * kDrawParts);
     int64_t& next = call_.counters[phase_ % 4].next;
     for (int64_t i = draw(next); i < pieces * parts; i = draw(next)) {
       const int64_t piece = i / parts, part = i % parts;
       const int64_t top = a_.tokens * piece / pieces, end = a_.tokens * (piece + 1) / pieces;
-      const int64_t first = units * part / parts, last = units * (part + 1) / parts;
-      if (first < last) body(top, end - top, first * multiple, minimum(groups, last * multiple));
+      const Part p = part_of(groups, multiple, part, parts);
+      if (p.first < p.last) body(top, end - top, p.first, p.last);
     }
   }
 
@@ -284,42 +342,53 @@ class DecoderWorker {
 
   const uint8_t* hidden_for(const PackedWeight& w) const { return memory_.ready_hidden[ready_layout(w.format)]; }
 
-  void product(const PackedWeight& w, const uint8_t* ready) {
+  void product(const PackedWeight& w, const uint8_t* ready, Read read) {
     const size_t stride = ready_bytes(w.format, w.columns);
     share_pieces(w.groups(), call_.draw ? 2 : 1, [&](int64_t top, int64_t rows, int64_t first, int64_t last) {
       linear_multiply(w, ready + static_cast<size_t>(top) * stride, rows, first, last,
-                      call_.delta + top * call_.delta_stride, call_.delta_stride, scratch_);
+                      call_.delta + top * call_.delta_stride, call_.delta_stride, scratch_, after(read));
     });
   }
 
-  // Queries, keys and values: turned and stored. Divided between whole heads, values also within.
-  void project(const DecoderLayer& l) {
-    const int64_t head_groups = stack_.head_size / kGroup;
-    const int64_t q_end = stack_.q_heads * head_groups, k_end = q_end + stack_.kv_heads * head_groups;
-    const int64_t v_end = k_end + stack_.kv_heads * head_groups;
-    const auto edge = [&](int64_t group) {
-      return group > k_end ? group : (group + head_groups / 2) / head_groups * head_groups;
+  int64_t head_groups() const { return stack_.head_size / kGroup; }
+  // Of queries, keys and values.
+  int64_t heads_groups() const { return (stack_.q_heads + 2 * stack_.kv_heads) * head_groups(); }
+
+  // A share of the groups of q, k and v, one after the other, as groups of each.
+  struct ProjectParts {
+    Part q, k, v;
+  };
+  ProjectParts project_parts(Part share) const {
+    const int64_t each = head_groups(), q_end = stack_.q_heads * each, k_end = q_end + stack_.kv_heads * each;
+    // Queries and keys by whole heads.
+    const auto edge = [&](int64_t group) { return group > k_end ? group : (group + each / 2) / each * each; };
+    const int64_t first = edge(share.first), last = edge(share.last);
+    const auto within = [&](int64_t begin, int64_t end) {
+      return Part{maximum(first, begin) - begin, minimum(last, end) - begin};
     };
-    share_pieces(v_end, 1, [&](int64_t top, int64_t rows, int64_t first, int64_t last) {
-      first = edge(first);
-      last = edge(last);
-      const auto groups = [&](const PackedWeight& w, int64_t begin, int64_t end, float* out, const auto& then) {
-        const int64_t from = maximum(first, begin) - begin, to = minimum(last, end) - begin;
-        if (from >= to) return;
+    return {within(0, q_end), within(q_end, k_end), within(k_end, heads_groups())};
+  }
+
+  // Queries, keys and values: turned and stored.
+  void project(const DecoderLayer& l) {
+    share_pieces(heads_groups(), 1, [&](int64_t top, int64_t rows, int64_t begin, int64_t end) {
+      const ProjectParts parts = project_parts({begin, end});
+      const auto groups = [&](const PackedWeight& w, Part part, Read read, float* out, const auto& then) {
+        if (part.first >= part.last) return;
         const size_t stride = ready_bytes(w.format, w.columns);
-        linear_multiply(w, hidden_for(w) + static_cast<size_t>(top) * stride, rows, from, to, out + top * w.rows,
-                        w.rows, scratch_);
-        then(from, to);
+        linear_multiply(w, hidden_for(w) + static_cast<size_t>(top) * stride, rows, part.first, part.last,
+                        out + top * w.rows, w.rows, scratch_, after(read));
+        then(part.first, part.last);
       };
-      groups(l.q, 0, q_end, call_.q, [&](int64_t from, int64_t to) {
-        turn_queries(l, top, top + rows, from / head_groups, to / head_groups);
+      groups(l.q, parts.q, kQ, call_.q, [&](int64_t from, int64_t to) {
+        turn_queries(l, top, top + rows, from / head_groups(), to / head_groups());
       });
       with_type(stack_.cache_dtype, [&](auto element) {
         using T = typename Plain<decltype(element)>::type;
-        groups(l.k, q_end, k_end, call_.k, [&](int64_t from, int64_t to) {
-          store_keys<T>(l, top, top + rows, from / head_groups, to / head_groups);
+        groups(l.k, parts.k, kK, call_.k, [&](int64_t from, int64_t to) {
+          store_keys<T>(l, top, top + rows, from / head_groups(), to / head_groups());
         });
-        groups(l.v, k_end, v_end, call_.v, [&](int64_t from, int64_t to) {
+        groups(l.v, parts.v, kV, call_.v, [&](int64_t from, int64_t to) {
           store_values<T>(l, top, top + rows, from, to);
         });
       });
@@ -380,22 +449,26 @@ class DecoderWorker {
     attention_part(*call_.plans[l.window], args, member_.index);
   }
 
+  // Of the groups of gate and up in a share: a block of down's input is not divided.
+  int64_t gate_multiple(const DecoderLayer& l) const { return call_.draw || !is_dense(l.down.format) ? 2 : 1; }
+
   // Gate and up of the same columns, their product made ready for down.
   void gate_and_up(const DecoderLayer& l) {
     const int64_t width = l.gate.rows, block_width = call_.gate_groups * kGroup;
     const size_t ready = ready_bytes(l.down.format, width);
-    const int64_t multiple = call_.draw || !is_dense(l.down.format) ? 2 : 1;
-    share_pieces(l.gate.groups(), multiple, [&](int64_t top, int64_t rows, int64_t first, int64_t last) {
+    share_pieces(l.gate.groups(), gate_multiple(l), [&](int64_t top, int64_t rows, int64_t first, int64_t last) {
       float *gate = block_, *up = block_ + rows * block_width;
       for (int64_t group = first; group < last; group += call_.gate_groups) {
         const int64_t end = minimum(last, group + call_.gate_groups), column = group * kGroup;
-        const auto multiply = [&](const PackedWeight& w, float* out) {
+        // Of a share in several blocks, gate and up take turns.
+        const bool whole = group == first && end == last;
+        const auto multiply = [&](const PackedWeight& w, float* out, Read read) {
           // The kernel places a group at its own columns, hence the shifted start.
           linear_multiply(w, hidden_for(w) + static_cast<size_t>(top) * ready_bytes(w.format, w.columns), rows, group,
-                          end, out - column, block_width, scratch_);
+                          end, out - column, block_width, scratch_, whole ? after(read) : &kNothingUpcoming);
         };
-        multiply(l.gate, gate);
-        multiply(l.up, up);
+        multiply(l.gate, gate, kGate);
+        multiply(l.up, up, kUp);
         const int64_t columns = minimum(end * kGroup, width) - column;
         for (int64_t i = 0; i < rows; i++) {
           float* product = gate + i * block_width;
@@ -430,6 +503,8 @@ class DecoderWorker {
   float *row_, *block_;
   uint8_t* scratch_;
   int64_t phase_ = 0;
+  Upcoming path_[2 * kReads + 2];
+  int path_after_[kReads];
 #ifdef ASERVE_PROFILE
   uint64_t stamp_ = __builtin_ia32_rdtsc();
 #endif

@@ -45,14 +45,16 @@ struct DenseTile {
   const float* bias;     // of the first group, or null: not the last lines, or no bias
   int64_t bias_count;    // values of bias that exist
   bool resume;           // the sums so far are in out
-  const uint8_t* ahead;  // lines to fetch for a later tile, one beside each line; with kStream not used
+  // Lines to fetch for a later tile, one beside each line. With kStream: the groups of the next tile.
+  const uint8_t* ahead;
+  int64_t ahead_stride;  // with kStream: bytes from group to group there
 };
 
 // How far ahead of its use a streamed line is fetched.
 constexpr int64_t kAheadLines = 24;
 
-// kStream: the weights come from memory and are used once; each group's lines are fetched early, across
-// the end of a group into the group C further on.
+// kStream: the weights come from memory and are used once; each group's lines are fetched early, towards the end of
+// a group those of the next tile.
 template <typename T, int R, int C, bool kStream>
 __attribute__((noinline)) void dense_tile(const DenseTile& t) {
   constexpr int kVectors = C * kParts, kColumns = Line<T>::kColumns;
@@ -70,13 +72,15 @@ __attribute__((noinline)) void dense_tile(const DenseTile& t) {
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
     for (int c = 0; c < C; c++) __builtin_prefetch(t.out + r * t.out_stride + c * kGroup, 0, 3);
-  int64_t fetch = kAheadLines * kLine;
+  const uint8_t* fetch = line + kAheadLines * kLine;
+  int64_t fetch_stride = group_stride;
   int64_t until = kStream && lines > kAheadLines ? lines - kAheadLines : lines;
   for (int64_t at = 0; at < lines;) {
     for (; at < until; at++) {
       if constexpr (kStream) {
 #pragma GCC unroll 16
-        for (int c = 0; c < C; c++) __builtin_prefetch(line + c * group_stride + fetch, 0, 3);
+        for (int c = 0; c < C; c++) __builtin_prefetch(fetch + c * fetch_stride, 0, 3);
+        fetch += kLine;
       } else {
         __builtin_prefetch(ahead, 0, 2);
         ahead += kLine;
@@ -114,7 +118,8 @@ __attribute__((noinline)) void dense_tile(const DenseTile& t) {
       x += kColumns;
     }
     until = lines;
-    fetch += (C - 1) * group_stride;
+    fetch = t.ahead;
+    fetch_stride = t.ahead_stride;
   }
   if (t.bias != nullptr) {
 #pragma GCC unroll 16
@@ -160,7 +165,7 @@ constexpr int64_t kBlockColumns = 1536;
 
 template <typename T>
 inline void dense_product(const PackedWeight& weight, const float* x, int64_t x_stride, int64_t rows, int64_t first,
-                          int64_t last, float* out, int64_t out_stride) {
+                          int64_t last, float* out, int64_t out_stride, const Upcoming* upcoming) {
   const int64_t lines = ceil_div(weight.columns, Line<T>::kColumns), group_stride = lines * kLine;
   const auto tile = [&](int64_t row, int64_t group, int64_t line, int64_t count) {
     DenseTile t = {};
@@ -181,7 +186,14 @@ inline void dense_product(const PackedWeight& weight, const float* x, int64_t x_
     const int64_t count = last - first, pieces = ceil_div(count, dense_groups(static_cast<int>(rows)));
     for (int64_t p = 0; p < pieces; p++) {
       const int64_t group = first + count * p / pieces, end = first + count * (p + 1) / pieces;
-      dense_pick<T, true>(static_cast<int>(rows), static_cast<int>(end - group), tile(0, group, 0, lines));
+      DenseTile t = tile(0, group, 0, lines);
+      t.ahead = t.weight + (end - group) * group_stride;
+      t.ahead_stride = group_stride;
+      if (p + 1 == pieces && upcoming->bytes > 0) {
+        t.ahead = upcoming->data;
+        t.ahead_stride = static_cast<int64_t>(upcoming->group_bytes);
+      }
+      dense_pick<T, true>(static_cast<int>(rows), static_cast<int>(end - group), t);
     }
     return;
   }
@@ -226,11 +238,11 @@ void dense_prepare(const float* x, int64_t columns, int64_t first, int64_t count
 }
 
 void dense_multiply(const PackedWeight& weight, const void* ready, int64_t rows, int64_t first_group,
-                    int64_t last_group, float* out, int64_t out_stride) {
+                    int64_t last_group, float* out, int64_t out_stride, const Upcoming* upcoming) {
   const int64_t x_stride = static_cast<int64_t>(ready_bytes(weight.format, weight.columns) / sizeof(float));
   with_dense(weight.format, [&](auto element) {
     dense_product<typename Plain<decltype(element)>::type>(weight, static_cast<const float*>(ready), x_stride, rows,
-                                                           first_group, last_group, out, out_stride);
+                                                           first_group, last_group, out, out_stride, upcoming);
   });
 }
 

@@ -21,8 +21,8 @@ namespace {
 }  // namespace
 
 void quant_multiply_vnni(const PackedWeight& weight, const void* ready, int64_t rows, int64_t first_group,
-                         int64_t last_group, float* out, int64_t out_stride, void* scratch) {
-  quant::multiply_tiles(weight, ready, rows, first_group, last_group, out, out_stride, scratch);
+                         int64_t last_group, float* out, int64_t out_stride, void* scratch, const Upcoming* upcoming) {
+  quant::multiply_tiles(weight, ready, rows, first_group, last_group, out, out_stride, scratch, upcoming);
 }
 
 }  // namespace aserve

@@ -132,7 +132,7 @@ struct CopyArgs {
 };
 
 // What a kernel found wrong with values that only it reads.
-enum class Status : int { ok = 0, bad_block = 1, bad_slot = 2, bad_position = 3, no_memory = 4, bad_row = 5 };
+enum class Status : int { ok = 0, bad_block = 1, bad_slot = 2, bad_position = 3, no_memory = 4, bad_row = 5, bad_type = 6 };
 
 enum class Activation : int { silu = 0, gelu_tanh = 1, gelu_erf = 2 };
 

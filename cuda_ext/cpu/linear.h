@@ -60,6 +60,13 @@ size_t scratch_bytes(Format format, int64_t columns);  // that a call of multipl
 // Packs a dense matrix [rows, columns] of the format's element type into groups() * group_bytes at out.
 void pack_dense(Format format, const void* weight, int64_t rows, int64_t columns, uint8_t* out);
 
+// Weights that a thread reads after those of the product at hand: a list of them, in the order of reading, ends with
+// an empty one. A product fetches their beginning while it multiplies its own end; only the speed hangs on them.
+struct Upcoming {
+  const uint8_t* data;
+  size_t bytes, group_bytes;
+};
+
 struct LinearKernels {
   // Makes columns [first, first + count) of one row ready. x points at column `first`. For a quantised
   // format first and count are multiples of 32. ready: the row's ready_bytes(format, columns).
@@ -69,7 +76,7 @@ struct LinearKernels {
   // for i < rows and the n of groups [first_group, last_group), the filled-up ones included.
   // ready: rows of ready_bytes, one after the other. scratch: scratch_bytes, 64-byte aligned.
   void (*multiply)(const PackedWeight& weight, const void* ready, int64_t rows, int64_t first_group,
-                   int64_t last_group, float* out, int64_t out_stride, void* scratch);
+                   int64_t last_group, float* out, int64_t out_stride, void* scratch, const Upcoming* upcoming);
 
   // One row of the weights as float32.
   void (*unpack_row)(const PackedWeight& weight, int64_t row, float* out);

@@ -6,15 +6,18 @@ void linear_prepare(Format format, const float* x, int64_t columns, int64_t firs
 }
 
 void linear_multiply(const PackedWeight& weight, const void* ready, int64_t rows, int64_t first_group,
-                     int64_t last_group, float* out, int64_t out_stride, void* scratch) {
-  if (is_dense(weight.format)) return dense_multiply(weight, ready, rows, first_group, last_group, out, out_stride);
-  quant_multiply(weight, ready, rows, first_group, last_group, out, out_stride, scratch);
+                     int64_t last_group, float* out, int64_t out_stride, void* scratch, const Upcoming* upcoming) {
+  if (is_dense(weight.format))
+    return dense_multiply(weight, ready, rows, first_group, last_group, out, out_stride, upcoming);
+  quant_multiply(weight, ready, rows, first_group, last_group, out, out_stride, scratch, upcoming);
 }
 
 void linear_unpack_row(const PackedWeight& weight, int64_t row, float* out) {
   if (is_dense(weight.format)) return dense_unpack_row(weight, row, out);
   quant_unpack_row(weight, row, out);
 }
+
+constexpr Upcoming kNothingUpcoming = {nullptr, 0, 0};
 
 constexpr LinearKernels linear_kernels = {linear_prepare, linear_multiply, linear_unpack_row};
 
@@ -72,7 +75,8 @@ inline bool linear_groups(const LinearArgs& a, const uint8_t* ready, size_t stri
   uint8_t* memory = static_cast<uint8_t*>(thread_scratch(wanted));
   if (memory == nullptr) return false;
   if (direct) {
-    linear_multiply(w, ready, a.x_rows.count, first, last, static_cast<float*>(a.out), w.rows, memory);
+    linear_multiply(w, ready, a.x_rows.count, first, last, static_cast<float*>(a.out), w.rows, memory,
+                    &kNothingUpcoming);
     return true;
   }
   float* block = reinterpret_cast<float*>(memory + scratch);
@@ -82,7 +86,7 @@ inline bool linear_groups(const LinearArgs& a, const uint8_t* ready, size_t stri
       const int64_t end = minimum(last, group + step), width = (end - group) * kGroup;
       // The kernel places a group at its own columns, hence the shifted start.
       linear_multiply(w, ready + static_cast<size_t>(row) * stride, rows, group, end, block - group * kGroup, width,
-                      memory);
+                      memory, &kNothingUpcoming);
       const int64_t count = minimum(end * kGroup, w.rows) - group * kGroup;
       with_type(a.out_dtype, [&](auto element) {
         using T = typename Plain<decltype(element)>::type;

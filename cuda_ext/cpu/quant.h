@@ -99,6 +99,6 @@ void quant_unpack_row(const PackedWeight& weight, int64_t row, float* out);
 bool quant_vnni();
 void quant_allow_vnni(bool allow);
 void quant_multiply_vnni(const PackedWeight& weight, const void* ready, int64_t rows, int64_t first_group,
-                         int64_t last_group, float* out, int64_t out_stride, void* scratch);
+                         int64_t last_group, float* out, int64_t out_stride, void* scratch, const Upcoming* upcoming);
 
 }  // namespace aserve

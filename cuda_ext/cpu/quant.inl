@@ -61,9 +61,10 @@ inline void quant_prepare(Format, const float* x, int64_t, int64_t first, int64_
 }
 
 inline void quant_multiply(const PackedWeight& weight, const void* ready, int64_t rows, int64_t first_group,
-                           int64_t last_group, float* out, int64_t out_stride, void* scratch) {
+                           int64_t last_group, float* out, int64_t out_stride, void* scratch,
+                           const Upcoming* upcoming) {
   if (quant::kParts == 1 && quant_vnni()) {
-    return quant_multiply_vnni(weight, ready, rows, first_group, last_group, out, out_stride, scratch);
+    return quant_multiply_vnni(weight, ready, rows, first_group, last_group, out, out_stride, scratch, upcoming);
   }
-  quant::multiply_tiles(weight, ready, rows, first_group, last_group, out, out_stride, scratch);
+  quant::multiply_tiles(weight, ready, rows, first_group, last_group, out, out_stride, scratch, upcoming);
 }

@@ -123,7 +123,7 @@ struct TileArgs {
   const Ready* ready;
   int64_t blocks;       // of a row
   size_t group_stride;  // from group to group of the source
-  size_t ahead;         // where to prefetch, from the block at hand; 0: nowhere
+  size_t ahead;         // where to prefetch, from the block at hand, modulo 2^64; 0: nowhere
   float* out;
   int64_t out_stride;
   const float* bias;    // of the tile's first column, or null
@@ -245,10 +245,23 @@ constexpr int64_t kChunkBytes = 384 << 10;
 // How far ahead of the block at hand weights are asked for.
 constexpr size_t kAhead = 16384;
 
+// What to fetch beside the groups `at`, as a distance from them, modulo 2^64: groups that come some tiles later, or
+// what comes after the share. left: the share's bytes from `at` on. 0: nothing.
+inline size_t fetch_distance(const uint8_t* at, size_t groups_bytes, size_t left, const Upcoming* upcoming) {
+  if (groups_bytes > 2 * kAhead) return kAhead;
+  const size_t ahead = ceil_div(static_cast<int64_t>(kAhead), static_cast<int64_t>(groups_bytes)) * groups_bytes;
+  if (ahead < left) return ahead;
+  size_t past = ahead - left;
+  for (; upcoming->bytes > 0; upcoming++) {
+    if (past < upcoming->bytes)
+      return reinterpret_cast<uintptr_t>(upcoming->data) + past - reinterpret_cast<uintptr_t>(at);
+    past -= upcoming->bytes;
+  }
+  return 0;
+}
+
 template <Format kFormat, int kGroups>
-inline void multiply_groups(size_t size, TileArgs args, int64_t rows, uint8_t* scratch) {
-  const size_t next = kGroups * size;
-  const size_t ahead = kGroups == 1 || next > 2 * kAhead ? kAhead : next;
+inline void multiply_groups(size_t size, size_t ahead, TileArgs args, int64_t rows, uint8_t* scratch) {
   // Up to so many rows the tiles take the codes apart themselves, for more that is done once. Nibbles cost a
   // tile little; 5- and 6-bit codes more.
   constexpr int bits = quant_layout(kFormat).bits;
@@ -269,11 +282,12 @@ inline void multiply_groups(size_t size, TileArgs args, int64_t rows, uint8_t* s
 
 template <Format kFormat>
 void multiply_format(const PackedWeight& weight, const Ready* ready, int64_t rows, int64_t first, int64_t last,
-                     float* out, int64_t out_stride, uint8_t* scratch) {
+                     float* out, int64_t out_stride, uint8_t* scratch, const Upcoming* upcoming) {
   const int64_t blocks = weight.columns / 32;
   const size_t size = quant_group_bytes(kFormat, weight.columns);
   const int64_t fitting = kChunkBytes / (blocks * static_cast<int64_t>(sizeof(Ready)));
   const int64_t chunk = maximum(fitting / kTileRows, 8) * kTileRows;
+  const Upcoming nothing = {nullptr, 0, 0};
   for (int64_t row = 0; row < rows; row += chunk) {
     const int64_t count = minimum(chunk, rows - row);
     for (int64_t group = first; group < last;) {
@@ -282,22 +296,27 @@ void multiply_format(const PackedWeight& weight, const Ready* ready, int64_t row
       const uint8_t* data = weight.data + static_cast<size_t>(group) * size;
       const TileArgs args = {data, ready + row * blocks, blocks, 0, 0, out + row * out_stride + column, out_stride,
                              bias, weight.rows - column};
-      if (kTileGroups > 1 && count > 1 && last - group >= kTileGroups) {
-        multiply_groups<kFormat, kTileGroups>(size, args, count, scratch);
-        group += kTileGroups;
+      const bool wide = kTileGroups > 1 && count > 1 && last - group >= kTileGroups;
+      const int64_t taken = wide ? kTileGroups : 1;
+      const size_t ahead = fetch_distance(data, static_cast<size_t>(taken) * size,
+                                          static_cast<size_t>(last - group) * size,
+                                          row + count < rows ? &nothing : upcoming);
+      if (wide) {
+        multiply_groups<kFormat, kTileGroups>(size, ahead, args, count, scratch);
       } else {
-        multiply_groups<kFormat, 1>(size, args, count, scratch);
-        group++;
+        multiply_groups<kFormat, 1>(size, ahead, args, count, scratch);
       }
+      group += taken;
     }
   }
 }
 
 inline void multiply_tiles(const PackedWeight& weight, const void* ready, int64_t rows, int64_t first_group,
-                           int64_t last_group, float* out, int64_t out_stride, void* scratch) {
+                           int64_t last_group, float* out, int64_t out_stride, void* scratch,
+                           const Upcoming* upcoming) {
   const auto run = [&](auto function) {
     function(weight, static_cast<const Ready*>(ready), rows, first_group, last_group, out, out_stride,
-             static_cast<uint8_t*>(scratch));
+             static_cast<uint8_t*>(scratch), upcoming);
   };
   switch (weight.format) {
     case Format::q4_0:

@@ -46,16 +46,28 @@ void futex_wake(Word& word, int count) {
   syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, count, nullptr, nullptr, 0);
 }
 
+// Memory to be fetched while polling.
+struct Fetch {
+  const char* next;
+  const char* end;
+};
+
 // Waits until word is no longer `value`: polls for spin nanoseconds, after `alone` of them with
 // sched_yield in between, then sleeps. `sleepers` counts who sleeps, for wake. True if it did not sleep.
-bool wait_change(const Word& polled, uint32_t value, int64_t spin, int64_t alone, Word& sleepers) {
+bool wait_change(const Word& polled, uint32_t value, int64_t spin, int64_t alone, Word& sleepers,
+                 Fetch fetch = {nullptr, nullptr}) {
   Word& word = const_cast<Word&>(polled);
   if (spin > 0) {
     int64_t start = 0, spent = 0;
     while (spent < spin) {
       for (int i = 0; i < 24; i++) {
         if (word.load(std::memory_order_acquire) != value) return true;
-        _mm_pause();
+        if (fetch.next < fetch.end) {
+          for (int line = 0; line < 4; line++) _mm_prefetch(fetch.next + 64 * line, _MM_HINT_T1);
+          fetch.next += 256;
+        } else {
+          _mm_pause();
+        }
       }
       if (spent > alone) sched_yield();
       const int64_t time = now();
@@ -109,18 +121,18 @@ struct Team {
   static Member member(int index, int count, Team* team) { return {index, count, team}; }
 
   // Waits for another member of the region.
-  void wait_member(int index, const Word& word, uint32_t value, Word& sleepers) {
+  void wait_member(int index, const Word& word, uint32_t value, Word& sleepers, Fetch fetch = {nullptr, nullptr}) {
     Slot& slot = slots[index];
     const bool attempt = ++slot.waits % kTryEvery == 0;
     const int64_t spin = attempt ? kBarrierSpin : slot.patience;
-    if (wait_change(word, value, spins ? spin : 0, spin, sleepers)) {
+    if (wait_change(word, value, spins ? spin : 0, spin, sleepers, fetch)) {
       slot.patience = std::min(kBarrierSpin, 2 * spin);
     } else if (!attempt) {
       slot.patience = std::max(kLeastSpin, spin / 2);
     }
   }
 
-  void sync(int index) {
+  void sync(int index, Fetch fetch) {
     // The phase cannot change before this member has come.
     const uint32_t before = phase.load(std::memory_order_relaxed);
     if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(count)) {
@@ -128,7 +140,7 @@ struct Team {
       phase.store(before + 1);
       wake(phase, phase_sleepers);
     } else {
-      wait_member(index, phase, before, phase_sleepers);
+      wait_member(index, phase, before, phase_sleepers, fetch);
     }
   }
 
@@ -191,8 +203,9 @@ struct Team {
   }
 };
 
-void Member::sync() {
-  if (count > 1) team_->sync(index);
+void Member::sync(const void* next, size_t bytes) {
+  const char* const begin = static_cast<const char*>(next);
+  if (count > 1) team_->sync(index, {begin, begin + bytes});
 }
 
 namespace {

@@ -9,6 +9,7 @@
 // region, is run by its caller alone: waiting would only trade places, the cores are taken either way.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace aserve {
@@ -20,8 +21,9 @@ class Member {
   const int index;  // 0 .. count - 1
   const int count;  // of the members of this region
 
-  // A barrier: returns once every member of the region has come, and shows what each wrote before.
-  void sync();
+  // A barrier: returns once every member of the region has come, and shows what each wrote before. While it waits
+  // it fetches so many bytes from `next`, what the member reads afterwards, into its second-level cache.
+  void sync(const void* next = nullptr, size_t bytes = 0);
 
  private:
   Member(int index, int count, Team* team) : index(index), count(count), team_(team) {}

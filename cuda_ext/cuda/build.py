@@ -110,7 +110,8 @@ class Compiled:
 
 def sources_digest() -> str:
     """Of everything a kernel on a GPU is made from: what a result obtained there holds for."""
-    files = [*HERE.glob("*.cu"), *HERE.rglob("*.cuh"), ROOT / "cuda_ext" / "bind_cuda.cpp"]
+    binding = [ROOT / "cuda_ext" / name for name in ("bind_cuda.cpp", "arguments.h", "tensor_view.h")]
+    files = [*HERE.glob("*.cu"), *HERE.rglob("*.cuh"), *binding]
     return digest(*(part for p in sorted(files) for part in (p.name.encode(), p.read_bytes())))
 
 

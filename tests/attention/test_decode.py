@@ -12,9 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from aserve.attention.base import AttentionMetadata
 from aserve.attention.decode import decode
+from aserve.gpu_check.paging import Batch, Case, exact, make, narrowed
 from aserve.ops import reference
-from tests.cuda.attention import quantised
-from tests.ops.paging import Batch, Case, exact, make
 
 LENGTHS = tuple((1, length) for length in (1, 7, 16, 17, 64, 120))
 CASES = [
@@ -49,7 +48,7 @@ def test_against_float64(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_8_bit_caches(cache_dtype: torch.dtype) -> None:
-    batch = quantised(make(CASES[-1], torch.bfloat16), cache_dtype, 0.05, 0.5)
+    batch = narrowed(make(CASES[-1], torch.bfloat16), cache_dtype, 0.05, 0.5)
     for meta in (graphed(batch.meta), batch.meta):
         got = attend(batch, meta, k_scale=0.05, v_scale=0.5)
         torch.testing.assert_close(got.double(), exact(batch), atol=0.03, rtol=0.02)

@@ -25,14 +25,18 @@ from tests.cuda.emulator import Emulator
 
 CUDA_LIBRARY = native.LIBRARY.with_name("libaserve_cuda.so")
 BOUND = (
+    "copy_blocks",
     "fused_add_rms_norm",
     "gated",
     "greedy_logprob",
     "paged_attention",
+    "penalties",
     "rms_norm",
     "rope_and_store",
     "rotary_embedding",
+    "sample",
     "store_kv",
+    "swap_blocks",
 )
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.003}
 
@@ -126,13 +130,13 @@ def test_rotary_and_storing(bound: Any, emulator: Emulator, dtype: torch.dtype, 
 
     start = torch.zeros(4, 2, 8, 32, dtype=dtype)
     cache, wanted = [emulator.put(start), emulator.put(start)], (start.clone(), start.clone())
-    bound.rope_and_store(q, k, v, positions, cos_sin, interleaved, *cache, slots, q_out)
+    bound.rope_and_store(q, k, v, positions, cos_sin, interleaved, *cache, slots, 1.0, 1.0, q_out)
     reference.rope_and_store(q, k, v, positions, cos_sin, wanted, slots, interleaved)
     close(q_out, wanted_q)
     for got, want in zip(cache, wanted, strict=True):
         close(got, want)
     plain, wanted = [emulator.put(start), emulator.put(start)], (start.clone(), start.clone())
-    bound.store_kv(k, v, *plain, slots)
+    bound.store_kv(k, v, *plain, slots, 1.0, 1.0)
     reference.store_kv(k, v, wanted, slots)
     for got, want in zip(plain, wanted, strict=True):
         assert torch.equal(got, want)
@@ -148,7 +152,9 @@ CASES = [
 ]
 
 
-def run_attention(bound: Any, emulator: Emulator, batch: Batch) -> None:
+def run_attention(
+    bound: Any, emulator: Emulator, batch: Batch, scales: tuple[float, float] = (1.0, 1.0), longest: int = 0
+) -> None:
     q, out = emulator.put(batch.q), emulator.empty(batch.q.shape, batch.q.dtype)
     meta, slopes = batch.meta, batch.options.get("alibi_slopes")
     bound.paged_attention(
@@ -159,6 +165,8 @@ def run_attention(bound: Any, emulator: Emulator, batch: Batch) -> None:
         batch.case.window or 0,
         batch.case.softcap or 0.0,
         None if slopes is None else emulator.put(slopes),
+        *scales,
+        longest,
         out,
     )
     compare(out, exact(batch), "whichever", batch.values)
@@ -170,9 +178,88 @@ def test_attention(bound: Any, emulator: Emulator, dtype: torch.dtype, case: Cas
     run_attention(bound, emulator, batch_of(case, dtype))
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_that_is_told_the_longest_row(bound: Any, emulator: Emulator, case: Case) -> None:
+    batch = batch_of(case, torch.bfloat16)
+    run_attention(bound, emulator, batch, longest=batch.meta.max_query_len)
+
+
 @pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_attention_of_8_bit_caches(bound: Any, emulator: Emulator, cache_dtype: torch.dtype) -> None:
-    run_attention(bound, emulator, quantised(make(CASES[1], torch.bfloat16, 0), cache_dtype, 1.0, 1.0))
+    for scales in ((1.0, 1.0), (0.05, 0.3)):
+        batch = quantised(make(CASES[1], torch.bfloat16, 0), cache_dtype, *scales)
+        run_attention(bound, emulator, batch, scales)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_storing_in_8_bit_caches(bound: Any, emulator: Emulator, cache_dtype: torch.dtype) -> None:
+    """With scales, of values too large for the type too; what torch writes, bit for bit."""
+    k, v = (torch.randn(5, 2, 32) * 300 for _ in range(2))
+    slots = torch.tensor([9, 0, 31, 5, 16])
+    start = torch.zeros(4, 2, 8, 32, dtype=cache_dtype)
+    cache, wanted = [emulator.put(start), emulator.put(start)], (start.clone(), start.clone())
+    bound.store_kv(emulator.put(k), emulator.put(v), *cache, emulator.put(slots), 0.3, 2.5)
+    reference.store_kv(k, v, wanted, slots, 0.3, 2.5)
+    for got, want in zip(cache, wanted, strict=True):
+        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+
+
+def sides_of(emulator: Emulator, count: int) -> list[torch.Tensor]:
+    return [emulator.put(torch.randn(count, 2, 8, 5)) for _ in range(4)]
+
+
+def test_copies_are_made_in_order(bound: Any, emulator: Emulator) -> None:
+    """4 goes to 0 after 0 went to 5, and 1 receives the new 5."""
+    caches = sides_of(emulator, 6)
+    before = [side.clone() for side in caches]
+    bound.copy_blocks(caches, torch.tensor([(0, 5), (4, 0), (5, 1), (2, 2), (3, 4), (1, 4)]))
+    for side, was in zip(caches, before, strict=True):
+        assert torch.equal(side, torch.stack([was[at] for at in (4, 0, 2, 3, 0, 0)]))
+    bound.copy_blocks(caches, torch.empty(0, 2, dtype=torch.int64))
+    bound.copy_blocks([], torch.tensor([(0, 1)]))
+
+
+def test_a_swaps_target_may_be_written_twice(bound: Any, emulator: Emulator) -> None:
+    caches, others = sides_of(emulator, 6), sides_of(emulator, 3)
+    kept = [side.clone() for side in others]
+    bound.swap_blocks(caches, others, torch.tensor([(5, 0), (1, 2), (3, 0)]))
+    for side, source, had in zip(others, caches, kept, strict=True):
+        assert torch.equal(side, torch.stack([source[3], had[1], source[1]]))
+
+
+def test_bad_copies_are_refused_and_copy_nothing(bound: Any, emulator: Emulator) -> None:
+    caches, others = sides_of(emulator, 6), sides_of(emulator, 3)
+    before = [side.clone() for side in caches + others]
+    for pair in ((0, 6), (6, 0), (-1, 0), (0, -1)):
+        refused("block id is outside", bound.copy_blocks, caches, torch.tensor([(1, 2), pair]))
+    refused("block id is outside", bound.swap_blocks, caches, others, torch.tensor([(5, 3)]))
+    refused("4 sources and 3 targets", bound.swap_blocks, caches, others[:3], torch.tensor([(0, 0)]))
+    mixed = [caches[0], *others[:3]]
+    refused("one layout", bound.copy_blocks, mixed, torch.tensor([(0, 1)]))
+    refused("one dtype", bound.swap_blocks, caches[:1], [others[0].half()], torch.tensor([(0, 0)]))
+    refused("int64", bound.copy_blocks, caches, torch.tensor([(0, 1)], dtype=torch.int32))
+    for side, was in zip(caches + others, before, strict=True):
+        assert torch.equal(side, was)
+
+
+def test_draws_are_the_references(bound: Any, emulator: Emulator) -> None:
+    logits = emulator.put(torch.randn(3, 5000) * 3)[:, :4999]
+    columns = (torch.tensor([0.7, 0.0, 2.0]), torch.tensor([3, -9, 1 << 62]), torch.tensor([0, 4, 70000]))
+    token, logprob = emulator.empty((3,), torch.int64), emulator.empty((3,), torch.float32)
+    bound.sample(logits, *(emulator.put(each) for each in columns), token, logprob)
+    wanted, wanted_logprob = reference.sample(logits, *columns)
+    assert torch.equal(token, wanted)
+    torch.testing.assert_close(logprob, wanted_logprob)
+
+
+def test_penalties_are_the_references(bound: Any, emulator: Emulator) -> None:
+    logits = torch.randn(3, 60)
+    held = emulator.put(logits)
+    seen = (torch.tensor([0, 4, 4, 7]), torch.tensor([1, 59, 0, 7, 3, 2, 58]))
+    rest = (torch.tensor([0, 1, 2, 3, 0, 5, 1], dtype=torch.int32), *torch.rand(3, 3))
+    bound.penalties(held, *(emulator.put(each) for each in (*seen, *rest)))
+    reference.penalties(logits, *seen, *rest)
+    torch.testing.assert_close(held, logits)
 
 
 def test_greedy(bound: Any, emulator: Emulator) -> None:
@@ -205,11 +292,35 @@ def test_bad_arguments_are_refused_before_a_launch(bound: Any) -> None:
     refused("unknown activation 3", bound.gated, x, 3, torch.empty(2, 4))
     cache, ids = torch.randn(3, 1, 12, 8), torch.zeros(2, dtype=torch.int32)
     q, table = torch.randn(1, 1, 8), torch.zeros(1, 1, dtype=torch.int32)
-    arguments = (q, cache, cache.clone(), ids, ids[:1], table, 1.0, 0, 0.0, None, q.clone())
+    arguments = (q, cache, cache.clone(), ids, ids[:1], table, 1.0, 0, 0.0, None, 1.0, 1.0, 0, q.clone())
     refused("block size must be a power of two, is 12", bound.paged_attention, *arguments)
     cache = torch.randn(3, 1, 8, 8)
-    arguments = (q, cache, cache.clone(), ids.long(), ids[:1], table, 1.0, 0, 0.0, None, q.clone())
+    arguments = (q, cache, cache.clone(), ids, ids[:1], table, 1.0, 0, 0.0, None)
+    refused("only an 8-bit cache has scales", bound.paged_attention, *arguments, 2.0, 1.0, 0, q.clone())
+    refused("scale must be positive, is 0", bound.paged_attention, *arguments, 1.0, 0.0, 0, q.clone())
+    refused("max_query_len must not be", bound.paged_attention, *arguments, 1.0, 1.0, -1, q.clone())
+    arguments = (
+        q,
+        cache,
+        cache.clone(),
+        ids.long(),
+        ids[:1],
+        table,
+        1.0,
+        0,
+        0.0,
+        None,
+        1.0,
+        1.0,
+        0,
+        q.clone(),
+    )
     refused("query_start must be int32", bound.paged_attention, *arguments)
+    logits, token, logprob = torch.randn(2, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(2)
+    refused("seeds must be int64", bound.sample, logits, logprob, logprob, token, token, logprob)
+    ids = torch.zeros(3, dtype=torch.int64)
+    rates = (logprob, logprob, logprob)
+    refused("counts must be int32", bound.penalties, logits, ids, ids, ids, *rates)
 
 
 def test_cuda_is_not_built_unasked(tmp_path: Path) -> None:

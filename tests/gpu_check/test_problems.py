@@ -33,7 +33,8 @@ def test_any_wrong_element_fails(check: Check) -> None:
     problem = cases.OPERATIONS[check.op].make(check, 3, "cpu", False)
     wanted = problem.expected()
     assert set(wanted) == set(problem.written)
-    assert worst(problem.buffers, wanted)[0] == math.inf, "outputs begin poisoned"
+    in_place = check.op == "penalties"
+    assert worst(problem.buffers, wanted)[0] > (1 if in_place else 1e30), "outputs begin poisoned"
     held = {name: want.value.to(problem.buffers[name].dtype) for name, want in wanted.items()}
     assert worst(held, wanted)[0] <= 1
     for name, value in held.items():
@@ -61,6 +62,8 @@ def test_a_changed_problem_fits_the_same_buffers(check: Check) -> None:
     assert any(not bits(b).equal(bits(other.buffers[n])) for n, b in one.buffers.items())
     again = make_one(check, 1, "cpu", False)
     assert all(bits(b).equal(bits(again.buffers[n])) for n, b in one.buffers.items())
+    if not cases.OPERATIONS[check.op].captured:
+        return
     for problem in (one, other):
         for argument in problem.arguments(problem.buffers):
             if isinstance(argument, torch.Tensor):
@@ -152,7 +155,8 @@ def test_torch_stores_what_is_expected() -> None:
 def test_expectations_are_committed() -> None:
     assert timed.EXPECTATIONS.read_text() == timed.render(), "run: python -m aserve.gpu_check.timed"
     assert len(json.loads(timed.render())) == len(timed.TIMED), "two shapes of one name"
-    assert {check.op for check in timed.TIMED} == set(cases.OPERATIONS)
+    # A swap takes what its link takes, which is not known here.
+    assert {check.op for check in timed.TIMED} == set(cases.OPERATIONS) - {"swap_blocks"}
     largest = max(timed.TIMED, key=timed.predicted)
     assert timed.predicted(largest) == pytest.approx(716.18, abs=0.01)
 

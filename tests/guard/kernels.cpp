@@ -90,7 +90,8 @@ void linear(const std::string& name, Format format, int64_t rows) {
     for (int64_t row = 0; row < rows; ++row) {
       kernels.prepare(format, x.floats(), kColumns, 0, kColumns, ready.data + row * row_bytes);
     }
-    kernels.multiply(weight, ready.data, rows, 0, weight.groups(), out.floats(), kOutputs, scratch.data);
+    const Upcoming nothing = {};
+    kernels.multiply(weight, ready.data, rows, 0, weight.groups(), out.floats(), kOutputs, scratch.data, &nothing);
   });
 }
 

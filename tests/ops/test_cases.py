@@ -13,8 +13,11 @@ from aserve.ops import native, probe
 
 
 def served(check: Check) -> bool:
-    """By the kernels on CPUs, which have no 8-bit caches and refuse what belongs to no request."""
-    return not (check.large or check.padded or "float8" in (check.cache_dtype or ""))
+    """By the kernels on CPUs, which have no 8-bit caches, penalise and draw in float32 alone and refuse what
+    belongs to no request."""
+    narrow = "float8" in (check.cache_dtype or "")
+    drawn = check.op in ("penalties", "sample") and check.dtype != "float32"
+    return not (check.large or check.padded or narrow or drawn)
 
 
 @pytest.mark.parametrize("level", native.LEVELS)

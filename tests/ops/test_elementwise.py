@@ -290,3 +290,83 @@ def test_wrong_shapes_are_refused(loaded: ModuleType) -> None:
         loaded.rms_norm(torch.randn(16, 3).T, torch.ones(16), 1e-6)
     with pytest.raises(RuntimeError, match="even"):
         loaded.silu_and_mul(torch.randn(2, 5))
+
+
+def test_8_bit_blocks_are_copied_as_they_are(implementation: ModuleType) -> None:
+    """Bytes, of which some are NaN."""
+    random = torch.randint(0, 256, (4, 2, 8, 16), dtype=torch.uint8)
+    caches = [(random.clone().view(torch.float8_e4m3fn), random.clone().view(torch.float8_e5m2))]
+    implementation.copy_blocks(caches, [(0, 3)])
+    implementation.swap_blocks(caches, [tuple(side[:2].clone() for side in caches[0])], [(3, 1)])
+    for side in caches[0]:
+        assert torch.equal(side.view(torch.uint8), random[[0, 1, 2, 0]])
+
+
+def rows_of_penalties() -> list[torch.Tensor]:
+    starts = torch.tensor([0, 400, 400, 403])
+    ids = torch.cat([torch.randperm(500)[:400], torch.tensor([4, 0, 499])])
+    counts = torch.randint(0, 4, (403,), dtype=torch.int32)
+    rates = torch.tensor([[1.3, 2.0, 0.8], [0.5, 0.1, -0.2], [0.25, 0.3, 1.5]])
+    return [starts, ids, counts, *rates]
+
+
+def test_penalties_of_every_implementation_are_one(implementation: ModuleType) -> None:
+    """A token drawn must not depend on who computes this."""
+    logits, columns = torch.randn(3, 500) * 3, rows_of_penalties()
+    want = logits.clone()
+    reference.penalties(want, *columns)
+    got = torch.zeros(3, 600)[:, :500].copy_(logits)
+    implementation.penalties(got, *columns)
+    assert torch.equal(got, want)
+
+
+def test_penalties_refuse_what_does_not_fit(loaded: ModuleType) -> None:
+    logits, columns = torch.randn(3, 400), rows_of_penalties()
+    before = logits.clone()
+    with pytest.raises(RuntimeError, match="an id is outside the table"):
+        loaded.penalties(logits, *columns)
+    with pytest.raises(RuntimeError, match="starts must run from 0"):
+        loaded.penalties(logits, columns[0] - 1, *columns[1:])
+    with pytest.raises(RuntimeError, match="starts falls at row 1"):
+        loaded.penalties(logits, torch.tensor([0, 400, 399, 403]), *columns[1:])
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_draws_follow_the_distribution(implementation: ModuleType, dtype: torch.dtype) -> None:
+    """Chi-squared over 3000 draws, whose seeds count up and then whose positions do."""
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.5, -math.inf], dtype=dtype)
+    expected = (logits.double() / 0.8).softmax(-1) * 3000
+    rows, heat = logits.expand(3000, 8).contiguous(), torch.full((3000,), 0.8)
+    up, same = torch.arange(3000), torch.full((3000,), 7)
+    for seeds, positions in ((up, same), (same, up)):
+        token, logprob = implementation.sample(rows, heat, seeds, positions)
+        counts = torch.bincount(token, minlength=8).double()
+        assert counts[7] == 0
+        chi = float(((counts - expected)[:7].pow(2) / expected[:7]).sum())
+        assert chi < 22.5, chi  # the 0.1 % point at 6 degrees of freedom
+        exact = (logits.double() / 0.8).log_softmax(-1)[token]
+        torch.testing.assert_close(logprob.double(), exact, atol=2e-6, rtol=2e-6)
+
+
+def test_a_draw_is_its_rows_alone(implementation: ModuleType) -> None:
+    logits, heat = torch.randn(5, 3000), torch.tensor([0.5, 0.0, 1.0, 3.0, 1e30])
+    seeds, positions = torch.tensor([1, 2, -3, 1 << 62, 5]), torch.tensor([0, 9, 70000, 2, 1])
+    together = implementation.sample(logits, heat, seeds, positions)
+    assert torch.equal(together[0], reference.sample(logits, heat, seeds, positions)[0])
+    assert together[0][1] == logits[1].argmax()
+    for row in range(5):
+        one = slice(row, row + 1)
+        alone = implementation.sample(logits[one], heat[one], seeds[one], positions[one])
+        assert torch.equal(alone[0], together[0][one])
+        assert torch.equal(alone[1], together[1][one])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_draw_shows_that_there_is_none(implementation: ModuleType, bad: float) -> None:
+    logits = torch.zeros(3, 40)
+    logits[0, 20] = bad
+    logits[1] = -math.inf
+    column = torch.arange(3)
+    logprob = implementation.sample(logits, torch.tensor([1.0, 1.0, 1.0]), column, column)[1]
+    assert logprob.isfinite().tolist() == [False, False, True]

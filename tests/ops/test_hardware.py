@@ -125,7 +125,8 @@ def test_the_variable(gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv(cuda.VARIABLE, "all")
     assert cuda.serves("paged_attention", torch.bfloat16, torch.float8_e5m2, 0)
     assert not cuda.serves("paged_attention", torch.float32, torch.float8_e5m2, 0), "there is no such kernel"
-    assert not cuda.serves("copy_blocks", torch.bfloat16, None, 0)
+    assert cuda.serves("copy_blocks", torch.bfloat16, torch.bfloat16, 0)
+    assert not cuda.serves("copy_blocks", torch.bfloat16, torch.float16, 0), "a copy has one dtype"
     gpu["architectures"] = ["80"]
     cuda.serves.cache_clear()
     assert not cuda.serves("rms_norm", torch.bfloat16, None, 0), "no code for this device"

@@ -167,12 +167,32 @@ def test_a_missing_library_is_said_once(
         cached.cache_clear()
 
 
+STALE = "".join(
+    f"long {name}(void) {{ return 0; }}\n"
+    for name in ("aserve_cpu_isa", "aserve_cpu_select", "aserve_packed_bytes", "aserve_decoder_bytes")
+)
+
+
+def test_a_library_of_other_sources_is_said(built: Path, tmp_path: Path) -> None:
+    """One that loads, but has not all the operations."""
+    (tmp_path / "stale.c").write_text(STALE)
+    library = tmp_path / "libstale.so"
+    compiler = ["g++", "-x", "c", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "stale.c")]
+    subprocess.run(compiler, check=True)
+    done = in_python(
+        "from pathlib import Path; from aserve.ops import native\n"
+        f"native.LIBRARY = Path({str(library)!r})\nprint(native.why_missing())",
+        ASERVE_CPU_ISA="reference",
+    )
+    assert "it was built from other sources" in done.stdout, done.stderr
+
+
 def test_the_report_names_every_operation(loaded: ModuleType) -> None:
     native.report.cache_clear()
     report = native.report()
     assert report.pop("isa") in native.LEVELS
     assert set(report.values()) == {"native"}
-    assert set(report) == set(ops.__all__) - {"kernels"}
+    assert set(report) == set(ops.__all__) - {"kernels", "samples"}
 
 
 def arguments() -> dict[str, tuple[Any, ...]]:
@@ -195,16 +215,17 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         ),
         "rope_and_store": (
             *(heads, heads.clone(), heads.clone(), slots, torch.randn(10, 8), False),
-            *(cache, cache.clone(), slots, heads.clone()),
+            *(cache, cache.clone(), slots, 1.0, 1.0, heads.clone()),
         ),
-        "store_kv": (heads, heads.clone(), cache, cache.clone(), slots),
+        "store_kv": (heads, heads.clone(), cache, cache.clone(), slots, 1.0, 1.0),
         "paged_attention": (
-            *(heads, cache, cache.clone(), *lengths, tables, 0.3, 0, 0.0, torch.ones(2), heads.clone()),
+            *(heads, cache, cache.clone(), *lengths, tables, 0.3, 0, 0.0, torch.ones(2)),
+            *(1.0, 1.0, 1, heads.clone()),
         ),
         **decoder_arguments(),
         "gated": (x, 0, x[:, :8].clone()),
-        "copy_blocks": (cache, torch.tensor([[0, 1]])),
-        "swap_blocks": (cache, cache.clone(), torch.tensor([[0, 1]])),
+        "copy_blocks": ([cache, cache.clone()], torch.tensor([[0, 1]])),
+        "swap_blocks": ([cache], [cache.clone()], torch.tensor([[0, 1]])),
         "pack_dense": (x, packed.allocate(16 * 64)),
         "pack_gguf": (
             *(torch.zeros(5 * 34, dtype=torch.uint8), packed.FORMATS["q8_0"], 5, 32),
@@ -212,6 +233,11 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         ),
         "packed_linear": (x, packed.allocate(16 * 64), weight[:5], 0, 5, 16, torch.randn(2, 5)),
         "packed_rows": (slots[:1], packed.allocate(16 * 64), 0, 5, 16, torch.randn(1, 16)),
+        "penalties": (
+            *(x.clone(), torch.tensor([0, 1, 2]), slots, torch.ones(2, dtype=int32)),
+            *(torch.ones(2), torch.ones(2), torch.ones(2)),
+        ),
+        "sample": (x, torch.ones(2), slots, slots, slots.clone(), torch.zeros(2)),
         "greedy_allowed": (
             x,
             torch.ones(2, 1, dtype=int32),

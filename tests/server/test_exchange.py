@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +17,7 @@ from quart import Quart
 from quart import request as asked
 from werkzeug.datastructures import Headers
 
+from aserve.server import service
 from aserve.server.exchange import Exchange
 from aserve.server.request import RequestHeaders
 from aserve.server.serve import listen
@@ -214,6 +218,19 @@ async def test_connections_leave_no_task_behind() -> None:
 
 
 # ---------------------------------------------------------------- requests
+
+
+def test_ids_are_used_once_and_not_shared_with_a_fork() -> None:
+    found = {service.new_id("x") for _ in range(3 * service.IDS_AT_ONCE)}
+    assert len(found) == 3 * service.IDS_AT_ONCE
+    assert all(re.fullmatch("x-[0-9a-f]{32}", each) for each in found)
+    service.new_id("x")
+    code = (
+        "import os; from aserve.server.service import new_id; new_id('x'); reading, writing = os.pipe()\n"
+        "if os.fork() == 0: os.write(writing, new_id('x').encode()); os._exit(0)\n"
+        "os.wait(); assert os.read(reading, 99).decode() != new_id('x')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("host", ["h", "a.b:80", "", "[::1", "é".encode().decode("latin-1"), "x" * 300])

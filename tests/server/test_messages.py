@@ -231,6 +231,7 @@ async def test_a_limit_beyond_the_context_is_lowered(client: Any, engine: FakeEn
     assert answer["usage"]["output_tokens"] == 40 - len(b"<user>hello<assistant>")
 
 
+USE = {"type": "tool_use", "id": "1", "name": "f"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": None}, "max_tokens"),
     ({"max_tokens": 0}, "max_tokens"),
@@ -242,6 +243,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"system": [{"type": "image"}]}, "system.0"),
     ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
     ({"tool_choice": {"type": "some"}}, "tool_choice"),
+    ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": {}}}, "disable_parallel_tool_use"),
+    (
+        {"messages": [{"role": "assistant", "content": [{**USE, "input": ["x"]}]}]},
+        "messages.0.content.0.input",
+    ),
     ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
     ({"output_config": {"format": {"type": "regex"}}}, "output_config"),
     ({"messages": [{"role": "user", "content": "x" * 5000}]}, "context"),

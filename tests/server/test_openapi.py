@@ -9,6 +9,9 @@ import jsonschema
 import pytest
 
 from aserve.server.openapi import BODIES
+from aserve.server.openapi_answers import ANSWERS, OTHER_MEDIA
+from tests.server.conftest import make_app
+from tests.server.fake_engine import FakeEngine
 from tests.server.test_hostile_bodies import BODIES as EXAMPLES
 
 
@@ -30,8 +33,57 @@ async def test_every_route_is_in_it(app: Any, document: dict[str, Any]) -> None:
             assert ("requestBody" in operation) == (method == "POST"), path
     posts = {rule.rule for rule in app.url_map.iter_rules() if "POST" in rule.methods}
     assert posts == set(BODIES)
-    assert "security" in document["paths"]["/v1/models"]["get"]
-    assert "security" not in document["paths"]["/health"]["get"]
+
+
+@pytest.mark.parametrize("values", [{}, {"api_key": ["the-key"]}])
+async def test_it_says_where_a_key_is_needed(engine: FakeEngine, values: dict[str, Any]) -> None:
+    async with make_app(engine, **values).test_app() as app:
+        headers = {"Authorization": "Bearer the-key"}
+        document = await (await app.test_client().get("/openapi.json", headers=headers)).get_json()
+    secured = {
+        path for path, methods in document["paths"].items() if "security" in next(iter(methods.values()))
+    }
+    always = {"/admin/requests", "/admin/requests/{request_id}"}
+    if not values:
+        assert secured == always
+    else:
+        open_to_all = {"/", "/health", "/health/live", "/health/ready", "/static/{name}"}
+        assert secured == document["paths"].keys() - open_to_all
+
+
+async def test_it_names_the_models(document: dict[str, Any]) -> None:
+    for path in BODIES:
+        schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        body = document["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]]
+        shown = body["properties"]["model"]
+        assert {"type": "string", "enum": ["fake", "alias"]} in shown.get("anyOf", [shown])
+
+
+def test_every_answer_with_json_is_described(app: Any) -> None:
+    paths = {re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule) for rule in app.url_map.iter_rules()}
+    silent = {"/health", "/health/live", "/health/ready"}
+    assert paths == ANSWERS.keys() | OTHER_MEDIA.keys() | silent
+    for schema in ANSWERS.values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+
+
+@pytest.mark.parametrize("path", EXAMPLES)
+async def test_answers_are_as_described(client: Any, document: dict[str, Any], path: str) -> None:
+    body = {**EXAMPLES[path], "stream": False, "stream_options": None}
+    answer = await client.post(path, json=body)
+    assert answer.status_code == 200
+    jsonschema.Draft202012Validator(ANSWERS[path]).validate(await answer.get_json())
+    answer = await client.post(path, json={**body, "model": "nobody"})
+    assert answer.status_code == 404
+    name = "MessagesError" if "messages" in path else "Error"
+    jsonschema.Draft202012Validator(document["components"]["schemas"][name]).validate(await answer.get_json())
+
+
+async def test_embeddings_of_either_form_are_as_described(client: Any) -> None:
+    for form in ("float", "base64"):
+        body = {"model": "fake", "input": "x", "encoding_format": form}
+        answer = await client.post("/v1/embeddings", json=body)
+        jsonschema.Draft202012Validator(ANSWERS["/v1/embeddings"]).validate(await answer.get_json())
 
 
 async def test_references_resolve(document: dict[str, Any]) -> None:

@@ -137,6 +137,18 @@ async def test_unknown_fields_are_named_once(client: Any, caplog: pytest.LogCapt
     assert lines == ["request fields ignored: grammar_of_doom, stream_options.chunk_size"]
 
 
+async def test_a_field_under_another_name_in_the_code_is_known(engine: FakeEngine) -> None:
+    schema = {"name": "visit", "description": "x", "strict": True, "schema": {"type": "object"}}
+    format = {"type": "json_schema", "json_schema": schema}
+    assert unknown_fields(ChatBody, {**PLAIN, "response_format": format}) == set()
+    assert unknown_fields(ChatBody, {**PLAIN, "response_format": {**format, "schema_": 1}}) == {
+        "response_format.schema_"
+    }
+    async with make_app(engine, strict_fields=True).test_app() as app:
+        answer = await app.test_client().post(CHAT, json={**PLAIN, "response_format": format})
+    assert answer.status_code == 200
+
+
 async def test_strict_fields(engine: FakeEngine) -> None:
     app = make_app(engine, strict_fields=True)
     async with app.test_app():

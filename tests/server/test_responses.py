@@ -225,6 +225,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": []}, "input"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
     ({"input": [{"type": "web_search_call"}]}, "input"),
+    ({"input": [{"type": 0, "role": "user", "content": "x"}]}, "input"),
     ({"input": [{"role": "user"}]}, "input"),
     ({"input": [{"role": 1, "content": "x"}]}, "input"),
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),

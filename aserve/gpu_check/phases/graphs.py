@@ -14,13 +14,18 @@ from aserve.gpu_check.results import Row
 
 
 def units(options: Options) -> list[Unit]:
-    every = [check for check in cases.every() if options.wants(check.op)]
+    every = [check for check in cases.every() if options.wants(check.op) and captured(check)]
     if options.dry:
         wanted = [check for check in cases.tiny() if check in every]
     else:
         firsts = set(cases.firsts(every))
         wanted = [check for check in every if check in firsts or check.padded or check.large]
     return [_unit(check, options.seed) for check in wanted]
+
+
+def captured(check: Check) -> bool:
+    """Whether a graph can hold the operation."""
+    return cases.OPERATIONS[check.op].captured
 
 
 def _unit(check: Check, seed: int) -> Unit:

@@ -21,6 +21,7 @@ from aserve.gpu_check.problems.base import (
     Want,
     dtype_of,
     poisoned,
+    scales_of,
 )
 
 
@@ -37,7 +38,7 @@ def make(check: Check, seed: int, device: str, changed: bool) -> Problem:
     dtype, cached = dtype_of(check.dtype), dtype_of(check.cache_dtype)
     batch = paging.make(case, dtype, seed, room, device)
     if cached != dtype:
-        batch = paging.narrowed(batch, cached)
+        batch = paging.narrowed(batch, cached, *scales_of(cached))
     slopes = batch.options.get("alibi_slopes")
     buffers = {
         # Queries lie apart, as in a merged projection.
@@ -56,7 +57,8 @@ def make(check: Check, seed: int, device: str, changed: bool) -> Problem:
         return (
             b["q"][:, : room.heads],
             *(b[name] for name in ("k_cache", "v_cache", "query_start", "seq_lens", "block_tables")),
-            *(batch.scale, room.window or 0, room.softcap or 0.0, b.get("alibi_slopes"), b["out"]),
+            *(batch.scale, room.window or 0, room.softcap or 0.0, b.get("alibi_slopes")),
+            *(*scales_of(cached), max(count for count, _ in room.rows), b["out"]),
         )
 
     def expected() -> dict[str, Want]:

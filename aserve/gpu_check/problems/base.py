@@ -73,11 +73,12 @@ class Problem:
 @dataclass(frozen=True)
 class Operation:
     """make(check, seed, device, changed): a problem; a ``changed`` one has buffers of the same shapes and
-    other lengths in them. cost(check): see :class:`Cost`.
+    other lengths in them. cost(check): see :class:`Cost`. captured: whether a CUDA graph can hold it.
     """
 
     make: Callable[[Check, int, str, bool], Problem]
     cost: Callable[[Check], Cost]
+    captured: bool = True
 
 
 def dtype_of(name: str | None) -> torch.dtype:
@@ -85,6 +86,11 @@ def dtype_of(name: str | None) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise ValueError(f"no dtype {name!r}")
     return found
+
+
+def scales_of(dtype: torch.dtype) -> tuple[float, float]:
+    """Of the keys and the values in a cache of that type: powers of two, which round nothing."""
+    return (0.5, 2.0) if dtype.itemsize == 1 else (1.0, 1.0)
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:

@@ -20,6 +20,7 @@ from aserve.gpu_check.problems.base import (
     poisoned,
     random_in,
     rounded,
+    scales_of,
 )
 
 POSITIONS = 50
@@ -128,18 +129,19 @@ def make_rope_and_store(check: Check, seed: int, device: str, changed: bool) -> 
     def arguments(b: Buffers) -> tuple[Any, ...]:
         q, k, v = _split(shape, b["merged"])
         places = b["positions"], b["cos_sin"], shape.interleaved
-        return q, k, v, *places, b["k_cache"], b["v_cache"], b["slots"], b["q_out"]
+        return q, k, v, *places, b["k_cache"], b["v_cache"], b["slots"], *scales_of(cached), b["q_out"]
 
     def expected() -> dict[str, Want]:
         q, k, v = _split(shape, buffers["merged"])
         slots, turned = buffers["slots"], _rotated(k, buffers, shape.interleaved)
-        key = rounded(_stored(buffers["k_cache"], slots, turned), dtype)
+        k_scale, v_scale = scales_of(cached)
+        key = rounded(_stored(buffers["k_cache"], slots, turned / k_scale), dtype)
         if cached != dtype:
             # Rounded twice: to the step's type, then to that of the cache, whose small values are coarse.
             info = torch.finfo(cached)
             coarse = 0.51 * info.smallest_normal * info.eps
-            key = replace(key, atol=coarse + 1e-6, rtol=key.rtol + 0.51 * info.eps)
-        value = _stored(buffers["v_cache"], slots, _narrowed(v, cached))
+            key = replace(key, atol=coarse + 2e-6, rtol=key.rtol + 0.51 * info.eps)
+        value = _stored(buffers["v_cache"], slots, _narrowed(v.float() / v_scale, cached))
         return {
             "q_out": rounded(_rotated(q, buffers, shape.interleaved), dtype),
             "k_cache": key,
@@ -156,16 +158,18 @@ def make_store(check: Check, seed: int, device: str, changed: bool) -> Problem:
 
     def arguments(b: Buffers) -> tuple[Any, ...]:
         _, k, v = _split(shape, b["merged"])
-        return k, v, b["k_cache"], b["v_cache"], b["slots"]
+        return k, v, b["k_cache"], b["v_cache"], b["slots"], *scales_of(cached)
 
     def expected() -> dict[str, Want]:
         _, k, v = _split(shape, buffers["merged"])
         wanted = {}
-        for name, written in (("k_cache", k), ("v_cache", v)):
+        for name, written, scale in zip(("k_cache", "v_cache"), (k, v), scales_of(cached), strict=True):
             after = buffers[name].clone()
             kept = buffers["slots"] >= 0
             slots, bytes_ = buffers["slots"][kept], after.view(torch.uint8)
-            values = bits(_narrowed(written[kept], cached)).view(len(slots), shape.kv_heads, -1)
+            values = bits(_narrowed(written[kept].float() / scale, cached)).view(
+                len(slots), shape.kv_heads, -1
+            )
             bytes_[slots // shape.block_size, :, slots % shape.block_size] = values
             wanted[name] = Want(after)
         return wanted
@@ -180,12 +184,13 @@ def make_store(check: Check, seed: int, device: str, changed: bool) -> Problem:
 def _torch_store(b: Buffers, k: torch.Tensor, v: torch.Tensor) -> None:
     block_size = b["k_cache"].shape[2]
     at = b["slots"] // block_size, b["slots"] % block_size
-    for name, value in (("k_cache", k), ("v_cache", v)):
+    scales = scales_of(b["k_cache"].dtype)
+    for name, value, scale in zip(("k_cache", "v_cache"), (k, v), scales, strict=True):
         side = b[name]
         # An 8-bit type has no scatter of its own.
         narrow = side.dtype.itemsize == 1
         target = side.view(torch.uint8) if narrow else side
-        stored = value.to(side.dtype)
+        stored = (value / scale if narrow else value).to(side.dtype)
         target.transpose(1, 2)[at] = stored.view(torch.uint8) if narrow else stored
 
 

@@ -8,7 +8,7 @@ import orjson
 from pydantic import Field
 
 from aserve.errors import InvalidRequestError
-from aserve.server.openai.protocol import MAX_STOP, Body, Bool, ChatBody, PositiveInt
+from aserve.server.openai.protocol import MAX_STOP, Body, Bool, ChatBody, PositiveInt, StopString
 from aserve.server.openai.translate import MAX_ITEMS, add_call, chat_body, joined_systems, text_of, texts
 
 MAX_TOOLS = 512
@@ -117,7 +117,11 @@ class CountBody(Body):
         for name in ("container", "mcp_servers"):
             if getattr(self, name):
                 raise InvalidRequestError(f"{name} is not supported: this server runs no tools", param=name)
-        choice = self.tool_choice or {}
+        single = (self.tool_choice or {}).get("disable_parallel_tool_use")
+        if not isinstance(single, (bool, type(None))):
+            raise InvalidRequestError(
+                "tool_choice.disable_parallel_tool_use must be true or false", param="tool_choice"
+            )
         messages = self.chat_messages()
         last = messages[-1] if messages else {}
         # An answer that the client has begun is gone on with.
@@ -131,7 +135,7 @@ class CountBody(Body):
             continue_final_message=begun,
             tools=self.functions() or None,
             tool_choice=self.choice(),
-            parallel_tool_calls=not choice.get("disable_parallel_tool_use", False),
+            parallel_tool_calls=not single,
             response_format=self.response_format(),
             reasoning_effort=self.output_config.effort if self.output_config is not None else None,
             chat_template_kwargs=variables,
@@ -141,7 +145,7 @@ class CountBody(Body):
 
 class MessagesBody(CountBody):
     max_tokens: PositiveInt
-    stop_sequences: Annotated[list[str], Field(max_length=MAX_STOP)] | None = None
+    stop_sequences: Annotated[list[StopString], Field(max_length=MAX_STOP)] | None = None
     stream: Bool = False
     temperature: Any = 1.0
     top_k: Any = None
@@ -181,7 +185,10 @@ def _add_blocks(messages: list[dict[str, Any]], role: str, blocks: list[dict[str
             flush()
             call_id = text_of(block.get("id"), f"{here}.id", "messages")
             name = text_of(block.get("name"), f"{here}.name", "messages")
-            add_call(messages, call_id, name, orjson.dumps(block.get("input") or {}).decode())
+            given = block.get("input")
+            if not isinstance(given, (dict, type(None))):
+                raise InvalidRequestError(f"{here}.input must be an object", param="messages")
+            add_call(messages, call_id, name, orjson.dumps(given or {}).decode())
         elif kind == "tool_result":
             flush()
             call_id = text_of(block.get("tool_use_id"), f"{here}.tool_use_id", "messages")

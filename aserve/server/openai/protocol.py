@@ -22,6 +22,7 @@ from aserve.server.openai.guided import guided_params
 from aserve.server.service import service
 
 MAX_STOP = 16
+MAX_STOP_LENGTH = 4096
 MAX_STOP_TOKENS = 256
 MAX_BIAS = 1024
 MAX_MESSAGES = 4096
@@ -40,6 +41,7 @@ def _number(value: Any) -> Any:
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 Bool = Annotated[bool, Strict()]
+StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 PositiveInt = Annotated[int, BeforeValidator(_number), Field(ge=1)]
 Seed = Annotated[int, BeforeValidator(_number), Field(ge=-(2**63), le=2**63 - 1)]
 
@@ -93,7 +95,7 @@ class SamplingBody(Body):
     use_beam_search: Bool = False
     length_penalty: Float = 1.0
     early_stopping: Bool = False
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOP)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP)] | None = None
     stop_token_ids: Annotated[list[Int], Field(max_length=MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: Bool = False
     ignore_eos: Bool = False
@@ -290,10 +292,12 @@ def unknown_fields(kind: type[Body], values: dict[str, Any]) -> set[str]:
 
     Objects in lists are not looked at: what a message holds is between the client and the chat template.
     """
-    found = set(values.keys() - kind.model_fields.keys())
+    # Keyed as clients spell them.
+    fields = {field.alias or name: field for name, field in kind.model_fields.items()}
+    found = set(values.keys() - fields.keys())
     for name, value in values.items():
         if isinstance(value, dict) and name not in found:
-            inner = _body_in(kind.model_fields[name].annotation)
+            inner = _body_in(fields[name].annotation)
             if inner is not None:
                 found |= {f"{name}.{each}" for each in unknown_fields(inner, value)}
     return found

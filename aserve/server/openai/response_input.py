@@ -189,7 +189,7 @@ _REFUSED = {
 
 
 def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], place: str) -> None:
-    kind = item.get("type") or "message"
+    kind = "message" if item.get("type") is None else item["type"]
     if kind == "message":
         role = text_of(item.get("role"), f"{place}.role", "input")
         messages.append({"role": role, "content": _content(item.get("content"), f"{place}.content")})

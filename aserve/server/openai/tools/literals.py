@@ -1,8 +1,7 @@
 """Python's literals as they come, handed on as JSON: strings, numbers, words, lists, tuples and dicts.
 
-JSON's own words are taken as well. Bytes, sets, joined strings and expressions, a value in brackets
-among them, raise MalformedError. Source:
-"Lexical analysis" in the Python language reference.
+JSON's own words are taken as well. Bytes, sets, joined strings and expressions, a value in brackets among
+them, raise MalformedError. Source: "Lexical analysis" in the Python language reference.
 """
 
 from __future__ import annotations
