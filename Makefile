@@ -14,6 +14,8 @@
 # make flood    the same with REQUESTS= (200000) requests and no model
 # make clients  every client of tests/clients, in environments of their own, against a live server; writes the
 #               table in tests/clients/README.md  (ONLY=langchain for one)
+# make hostile  every hostile input beside 32 streams: times of its answer, and of the streams' tokens
+# make aborts   how soon a request is gone once its client is, for every kind of call in every state
 # make schemathesis   what /openapi.json allows, and what it does not, to every route of a live server, with keys
 #               and without  (CASES= for each route)
 # make guided   what guides cost: time per output token, and the first token of a schema nobody has seen
@@ -28,7 +30,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup serve test test-slow fuzz soak flood guided lint cuda kernels-full kernels-asan load clients schemathesis bench policies peers quality guard readme chromium clean
+.PHONY: setup serve test test-slow fuzz soak flood guided hostile aborts lint cuda kernels-full kernels-asan load clients schemathesis bench policies peers quality guard readme chromium clean
 
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -186,6 +188,12 @@ schemathesis: setup $(call client_env,schemathesis)
 
 guided: setup
 	$(PY) -m aserve.bench.guided
+
+hostile: setup
+	$(PY) -m aserve.bench.hostile
+
+aborts: setup
+	$(PY) -m aserve.bench.aborts
 
 # What aserve is compared with has an environment of its own. llama.cpp is compiled for this very CPU.
 PEERS := openvino==2026.4.1 openvino-genai==2026.4.1.0 openvino-tokenizers==2026.4.1.0 numpy matplotlib

@@ -197,7 +197,10 @@ class AsyncLLMEngine(EngineLife):
         self._idle.clear()
         try:
             # Shielded: another request may wait for the same grammar.
-            return await asyncio.shield(asyncio.wrap_future(guides.start(guided)))
+            compiled = asyncio.wrap_future(guides.start(guided))
+            # Looked at here, or asyncio would report it where the caller has left meanwhile.
+            compiled.add_done_callback(lambda done: done.cancelled() or done.exception())
+            return await asyncio.shield(compiled)
         except (GrammarError, InvalidRequestError) as error:
             raise guides.error(guided, error) from None
         finally:

@@ -15,7 +15,7 @@ from aserve.engine.pooling import embedding_of
 from aserve.engine.report import facts
 from aserve.engine.stats import EngineStats
 from aserve.engine.stream import Mailbox
-from aserve.errors import AserveError, RequestFailedError
+from aserve.errors import AserveError, InvalidRequestError, RequestFailedError
 from aserve.log import RequestLog
 from aserve.messages.inputs import OutputKind
 from aserve.messages.outputs import (
@@ -25,7 +25,7 @@ from aserve.messages.outputs import (
     RequestOutput,
     TokenLogprobs,
 )
-from aserve.messages.step import SampleLogprobs
+from aserve.messages.step import GUIDE_UNUSABLE, SampleLogprobs
 from aserve.tokenizer.detokenizer import Detokenizer
 from aserve.tokenizer.stop import StopChecker
 
@@ -259,7 +259,12 @@ class OutputProcessor:
         self._stats.on_failed("request")
         self.log_end(f"failed: {reason}", state.group)
         if state.mailbox is not None:
-            state.mailbox.fail(RequestFailedError(f"the request could not be completed: {reason}"))
+            told = f"the request could not be completed: {reason}"
+            guided = state.group.params.guided
+            if guided is not None and reason.startswith(GUIDE_UNUSABLE):
+                state.mailbox.fail(InvalidRequestError(told, param=guided.param))
+            else:
+                state.mailbox.fail(RequestFailedError(told))
 
     def _saw_tokens(self, group: SequenceGroup, now: float, waited: dict[float, int]) -> None:
         """Times of a request that got tokens in a step; ``waited`` as in :meth:`process`."""

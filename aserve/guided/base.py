@@ -22,7 +22,10 @@ class GrammarError(Exception):
     """A guide makes no sense, is too expensive, or asks for what its backend cannot do.
 
     The message goes to the caller and continues a sentence that starts with the field's name.
+    of_caller: that it is the caller's fault.
     """
+
+    of_caller = True
 
 
 class TooExpensiveError(GrammarError):

@@ -19,6 +19,9 @@ from aserve.messages.params import SamplingParams
 if TYPE_CHECKING:
     import numpy as np
 
+GUIDE_UNUSABLE = "its guide cannot be followed any further"
+"""Begins the reason of a failure that is the fault of the request's own guide."""
+
 
 @dataclass(slots=True)
 class NewSequence:

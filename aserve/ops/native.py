@@ -87,8 +87,6 @@ class _Library:
         self.functions.aserve_packed_bytes.argtypes = [ctypes.c_int64] * 3
         self.functions.aserve_decoder_bytes.restype = ctypes.c_int64
         self.functions.aserve_decoder_bytes.argtypes = [ctypes.c_int64]
-        for name in _KERNELS:
-            torch.library.register_fake(f"aserve::{name}", _writes_only)
         operations = ops.aserve
         self.copy_blocks = operations.copy_blocks.default
         self.decoder_cache = operations.decoder_cache.default
@@ -114,6 +112,9 @@ class _Library:
         self.sample = operations.sample.default
         self.store_kv = operations.store_kv.default
         self.swap_blocks = operations.swap_blocks.default
+        # After the search: of an operation that the library lacks it is that which tells.
+        for name in _KERNELS:
+            torch.library.register_fake(f"aserve::{name}", _writes_only)
 
     def level(self) -> str:
         """The instruction-set level in use, or "none" where the CPU has no level the library knows."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from aserve import ops
+from aserve.messages.step import GUIDE_UNUSABLE
 
 logger = logging.getLogger(__name__)
 
@@ -221,4 +222,5 @@ class GuidedRows:
 
 def _reason(error: Exception) -> str:
     logger.warning("a guide failed while its output was drawn: %s", error)
-    return f"its guide failed ({error})"
+    of_caller = getattr(error, "of_caller", False)
+    return f"{GUIDE_UNUSABLE if of_caller else 'its guide failed'} ({error})"

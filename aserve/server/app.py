@@ -20,7 +20,7 @@ from quart.sessions import NullSession
 from werkzeug.routing import MapAdapter
 
 from aserve.errors import AserveError
-from aserve.server import admin_api, errors, openapi, ops_api
+from aserve.server import admin_api, errors, openapi, ops_api, pipelining
 from aserve.server.anthropic import messages
 from aserve.server.connection import Connection, Exchanges
 from aserve.server.keys import KeyRing
@@ -153,8 +153,12 @@ def create_app(
             shared.start(engine)
         else:
             shared.start(_make_engine(engine_args), warm=True)
-        with _reloading(keys, server_args.api_key_file):
-            yield
+        pipelining.refusals.append(shared.count_error)
+        try:
+            with _reloading(keys, server_args.api_key_file):
+                yield
+        finally:
+            pipelining.refusals.remove(shared.count_error)
         await shared.stop()
 
     return app

@@ -24,6 +24,8 @@ from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
 from aserve.server.exchange import Exchange
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hypercorn.events import Event
 
 HEADER_SECONDS = 20.0
@@ -57,6 +59,10 @@ class _NeverPark:
 
     def is_set(self) -> bool:
         return True
+
+
+refusals: list[Callable[[int], None]] = []
+"""Called with the status of every request that is refused because it is no HTTP."""
 
 
 class ReadingH11Protocol(H11Protocol):
@@ -169,6 +175,12 @@ class ReadingH11Protocol(H11Protocol):
     async def _drop(self) -> None:
         await self.handle(Closed())
         await self.send(Closed())
+
+    async def _send_error_response(self, status_code: int) -> None:
+        # No application sees such a request: it would be missing among the errors that are counted.
+        for count in refusals:
+            count(status_code)
+        await super()._send_error_response(status_code)
 
     async def _create_stream(self, request: h11.Request) -> None:
         table.busy(self)

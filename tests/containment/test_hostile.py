@@ -272,3 +272,15 @@ async def test_a_large_body_leaves_no_memory_behind(port: int, engine: FakeEngin
     gc.collect()
     assert resident() - before < 100 << 20
     assert time.monotonic() - started < 60
+
+
+async def test_what_is_no_http_is_counted(port: int, engine: FakeEngine) -> None:
+    """Refused below the application, and yet among the errors of the metrics."""
+    assert engine.stats is not None
+    await until(lambda: engine.stats is not None)
+    for request, status in ((HEADS[8][0], 501), (HEADS[10][0], 400), ("nonsense\r\n\r\n", 400)):
+        before = list(engine.stats.errors)
+        answer = await raw(port, request)
+        assert answer.split(b" ")[1] == str(status).encode()
+        assert engine.stats.errors == [*before, status]
+    assert len(pipelining.refusals) == 1

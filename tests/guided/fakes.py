@@ -39,6 +39,7 @@ class FixedOutput(base.Grammar):
     """Allows one sequence of tokens. ``fails_at``: how many tokens in its matcher breaks."""
 
     pid = 0
+    fails_with: type[Exception] = base.GrammarError
 
     def __init__(self, tokens: list[int], fails_at: int = -1) -> None:
         self.tokens = tokens
@@ -55,7 +56,7 @@ class _FixedMatcher(base.Matcher):
 
     def fill(self, words: np.ndarray) -> bool:
         if self.at == self.grammar.fails_at:
-            raise base.GrammarError("broke")
+            raise self.grammar.fails_with("broke")
         words[:] = 0
         if self.at == len(self.grammar.tokens):
             return True

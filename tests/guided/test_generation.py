@@ -172,6 +172,11 @@ def test_a_matcher_that_fails_ends_its_own_request_only(llm: LLM, monkeypatch: p
     guides = llm.llm_engine.input.guides
     monkeypatch.setattr(guides, "_compile", lambda spec: FixedOutput([100, 200, 300], fails_at=2))
     broken = SamplingParams(temperature=0, max_tokens=12, guided=GuidedParams(regex="breaks"))
+    with pytest.raises(InvalidRequestError, match="its guide cannot be followed") as refused:
+        generate(llm, [broken, plain])
+    assert refused.value.param == "guided_regex"
+    monkeypatch.setattr(FixedOutput, "fails_with", RuntimeError)
+    broken.guided = GuidedParams(regex="breaks again")
     with pytest.raises(RequestFailedError, match="its guide failed"):
         generate(llm, [broken, plain])
     assert ids(generate(llm, [plain])[0]) == wanted

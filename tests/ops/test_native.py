@@ -167,6 +167,26 @@ def test_a_missing_library_is_said_once(
         cached.cache_clear()
 
 
+STALE = "".join(
+    f"long {name}(void) {{ return 0; }}\n"
+    for name in ("aserve_cpu_isa", "aserve_cpu_select", "aserve_packed_bytes", "aserve_decoder_bytes")
+)
+
+
+def test_a_library_of_other_sources_is_said(built: Path, tmp_path: Path) -> None:
+    """One that loads, but has not all the operations."""
+    (tmp_path / "stale.c").write_text(STALE)
+    library = tmp_path / "libstale.so"
+    compiler = ["g++", "-x", "c", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "stale.c")]
+    subprocess.run(compiler, check=True)
+    done = in_python(
+        "from pathlib import Path; from aserve.ops import native\n"
+        f"native.LIBRARY = Path({str(library)!r})\nprint(native.why_missing())",
+        ASERVE_CPU_ISA="reference",
+    )
+    assert "it was built from other sources" in done.stdout, done.stderr
+
+
 def test_the_report_names_every_operation(loaded: ModuleType) -> None:
     native.report.cache_clear()
     report = native.report()

@@ -8,7 +8,7 @@ import orjson
 from pydantic import Field
 
 from aserve.errors import InvalidRequestError
-from aserve.server.openai.protocol import MAX_STOP, Body, Bool, ChatBody, PositiveInt
+from aserve.server.openai.protocol import MAX_STOP, Body, Bool, ChatBody, PositiveInt, StopString
 from aserve.server.openai.translate import MAX_ITEMS, add_call, chat_body, joined_systems, text_of, texts
 
 MAX_TOOLS = 512
@@ -145,7 +145,7 @@ class CountBody(Body):
 
 class MessagesBody(CountBody):
     max_tokens: PositiveInt
-    stop_sequences: Annotated[list[str], Field(max_length=MAX_STOP)] | None = None
+    stop_sequences: Annotated[list[StopString], Field(max_length=MAX_STOP)] | None = None
     stream: Bool = False
     temperature: Any = 1.0
     top_k: Any = None

@@ -13,6 +13,7 @@ from aserve.server.openai.protocol import ChatBody, Message
 from aserve.server.openai.tools.conversation import for_template
 from aserve.server.openai.tools.plan import ToolPlan, tool_plan
 from aserve.server.openai.tools.request import checked_calls, tool_request
+from aserve.server.openai.translate import not_text
 from aserve.server.service import service
 from aserve.tokenizer.chat import render_chat, template_text
 
@@ -91,11 +92,11 @@ def _text(content: str | list[dict[str, Any]], place: str) -> str:
     if isinstance(content, str):
         return content
     texts = []
-    for part in content:
+    for index, part in enumerate(content):
         kind = part.get("type")
         text = part.get(kind) if kind in ("text", "refusal") else None
         if not isinstance(text, str):
-            raise InvalidRequestError(f"{place}: only text parts are supported", param="messages")
+            raise InvalidRequestError(f"{place}.{index}: {not_text(kind)}", param="messages")
         texts.append(text)
     return "\n".join(texts)
 

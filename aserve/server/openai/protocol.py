@@ -22,6 +22,7 @@ from aserve.server.openai.guided import guided_params
 from aserve.server.service import service
 
 MAX_STOP = 16
+MAX_STOP_LENGTH = 4096
 MAX_STOP_TOKENS = 256
 MAX_BIAS = 1024
 MAX_MESSAGES = 4096
@@ -40,6 +41,7 @@ def _number(value: Any) -> Any:
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 Bool = Annotated[bool, Strict()]
+StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 PositiveInt = Annotated[int, BeforeValidator(_number), Field(ge=1)]
 Seed = Annotated[int, BeforeValidator(_number), Field(ge=-(2**63), le=2**63 - 1)]
 
@@ -93,7 +95,7 @@ class SamplingBody(Body):
     use_beam_search: Bool = False
     length_penalty: Float = 1.0
     early_stopping: Bool = False
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOP)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP)] | None = None
     stop_token_ids: Annotated[list[Int], Field(max_length=MAX_STOP_TOKENS)] | None = None
     include_stop_str_in_output: Bool = False
     ignore_eos: Bool = False

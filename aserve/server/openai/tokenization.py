@@ -18,7 +18,7 @@ from aserve.server.service import service
 
 blueprint = Blueprint("tokenization", __name__)
 
-MAX_TOKENS = 1 << 20
+MAX_TOKENS = 1 << 17
 """Most ids that one request turns into text."""
 
 _INLINE_TOKENS = 4096

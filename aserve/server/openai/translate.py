@@ -66,9 +66,23 @@ def texts(parts: list[Any], place: str, kinds: tuple[str, ...], param: str) -> s
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("refusal" if kind == "refusal" else "text") if kind in kinds else None
         if not isinstance(text, str):
-            raise InvalidRequestError(f"{place}.{index}: only text is supported", param=param)
+            raise InvalidRequestError(f"{place}.{index}: {not_text(kind)}", param=param)
         found.append(text)
     return "\n".join(found)
+
+
+_MEDIA = {
+    "image_url": "images", "input_image": "images", "image": "images", "input_audio": "audio",
+    "video_url": "videos", "file": "files", "input_file": "files", "document": "files",
+}  # fmt: skip
+
+
+def not_text(kind: Any) -> str:
+    """Why a content part of this type is refused."""
+    media = _MEDIA.get(kind) if isinstance(kind, str) else None
+    if media is None:
+        return "only parts of text are supported"
+    return f"{kind}: {media} are not supported, only parts of text are"
 
 
 def text_of(value: Any, place: str, param: str) -> str:
