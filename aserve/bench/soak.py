@@ -36,6 +36,10 @@ SETTLE_SECONDS = 60.0
 WARM_UP = 0.3
 """Share of the run after which nothing may grow any more."""
 
+CROWD, CROWD_SHARE = 4, 0.2
+"""How many times the clients come in the first share of the run: buffers keep the size of the largest batch,
+and the largest of a long quiet run would come when chance wants it."""
+
 NOISE_MB = 8.0
 """Growth of memory that a short run may show: arenas of the allocator, and caches that fill."""
 
@@ -313,8 +317,12 @@ async def run(args: argparse.Namespace) -> int:
         started = time.monotonic()
         before = await server.sample(started)
         load = Traffic(server.port, args.model, args.tokens, args.seed, kinds)
-        ends = started + 60 * args.minutes if most is None else float("inf")
-        clients = [asyncio.create_task(load.until(ends, most)) for _ in range(args.clients)]
+        seconds = 60 * args.minutes if most is None else float("inf")
+        clients = [
+            asyncio.create_task(load.until(started + share * seconds, most and int(share * most)))
+            for share, count in ((1.0, args.clients), (CROWD_SHARE, (CROWD - 1) * args.clients))
+            for _ in range(count)
+        ]
         samples: list[Sample] = []
         wrong: list[str] = []
         while not all(client.done() for client in clients):

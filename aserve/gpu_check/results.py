@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -35,7 +36,7 @@ class Results:
         """Adds a row; it is on disk when this returns."""
         kind = f"dry {row['kind']}" if self._dry else row["kind"]
         whole = {**row, "kind": kind, **self._about, "t": round(time.monotonic() - self._started, 1)}
-        self._file.write(json.dumps(whole, allow_nan=False) + "\n")
+        self._file.write(json.dumps(_finite(whole), allow_nan=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         self.rows.append(row)
@@ -45,3 +46,12 @@ class Results:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for what JSON has no number for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list) else value

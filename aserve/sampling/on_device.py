@@ -2,11 +2,12 @@
 
 Everything that depends on a row's request is known before the step and sent with it; what the host must
 know of the result, failed rows included, goes back with the drawn tokens. Rows that need the host in
-between (a guide, a logits processor, candidates of beams, penalties) are :class:`SamplerState`'s.
+between (a guide, a logits processor, candidates of beams) are :class:`SamplerState`'s.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +20,13 @@ from aserve.sampling.rng import uniforms
 from aserve.sampling.sampler import Needs, SamplerState, why_not_finite
 
 _NONE = float("-inf")
-_FREE = Needs.DRAW | Needs.TRUNCATION | Needs.MIN_TOKENS | Needs.LOGPROBS
+_FREE = Needs.DRAW | Needs.TRUNCATION | Needs.PENALTIES | Needs.MIN_TOKENS | Needs.LOGPROBS
+
+_AT_ONCE = 1 << 23
+"""Scores that are sorted or added up at a time: each takes some fifty bytes meanwhile."""
+
+History = Callable[[torch.Tensor, int], torch.Tensor]
+"""Slots int64 ``[R]`` and a length to those slots' first tokens, int64 ``[R, length]``."""
 
 
 class Arrays(Protocol):
@@ -81,6 +88,15 @@ class Draw:
             if needs[row] & Needs.MIN_TOKENS and state.num_output[slot] < state.min_tokens[slot]
         ]
         self._banned = add(np.concatenate(banned)) if banned else None
+        penalised = np.flatnonzero(needs & Needs.PENALTIES)
+        self._penalties = None
+        if len(penalised):
+            chosen = slots[penalised]
+            prompts = np.array([state.prompt_length(int(slot)) for slot in chosen], dtype=np.int64)
+            lengths = prompts + state.num_output[chosen]
+            values = np.array([state.penalties(int(slot)) for slot in chosen], dtype=np.float32)
+            self._penalties = add(penalised), add(chosen), add(prompts), add(lengths), add(values)
+            self._longest = int(lengths.max())
         drawn = np.flatnonzero(needs & Needs.DRAW)
         self._drawn = self._cut = None
         if len(drawn):
@@ -97,7 +113,12 @@ class Draw:
         self._counts = [state.top(int(slot)) for slot in slots[listed]]
         self.listed = others[listed].tolist()
 
-    def run(self, logits: torch.Tensor, greedy: tuple[torch.Tensor, torch.Tensor] | None = None) -> Drawn:
+    def run(
+        self,
+        logits: torch.Tensor,
+        history: History,
+        greedy: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Drawn:
         """logits: float32 ``[S, V]``, not changed. greedy: what :func:`aserve.ops.greedy_logprob` gives for
         them, where it is known."""
         token_ids, logprobs = ops.greedy_logprob(logits) if greedy is None else greedy
@@ -105,7 +126,7 @@ class Draw:
         if self._others is None:
             return drawn
         index = self._arrays[self._others]
-        part = self._draw(logits.index_select(0, index))
+        part = self._draw(logits.index_select(0, index), history)
         return Drawn(
             token_ids.index_copy(0, index, part.token_ids),
             logprobs.index_copy(0, index, part.logprobs),
@@ -114,11 +135,15 @@ class Draw:
             part.tops,
         )
 
-    def _draw(self, logits: torch.Tensor) -> Drawn:
+    def _draw(self, logits: torch.Tensor, history: History) -> Drawn:
         """The steps of ``SamplerState._sample``, in its order. logits: of the other rows, overwritten."""
         arrays = self._arrays
         if self._banned is not None:
             logits.view(-1).index_fill_(0, arrays[self._banned], _NONE)
+        if self._penalties is not None:
+            rows, slots, *rest = (arrays[each] for each in self._penalties)
+            part = penalised(logits.index_select(0, rows), history(slots, self._longest), *rest)
+            logits.index_copy_(0, rows, part)
         highest, token_ids = logits.max(-1)
         broken = ~torch.isfinite(highest)
         # Any finite row: what is drawn from it is thrown away.
@@ -131,14 +156,12 @@ class Draw:
             logits.sub_(shift.unsqueeze(1)).div_(temperature.unsqueeze(1))
         if self._cut is not None:
             rows, *limits = (arrays[each] for each in self._cut)
-            logits.index_copy_(0, rows, truncated(logits.index_select(0, rows), *limits))
+            logits.index_copy_(0, rows, _in_pieces(truncated, logits.index_select(0, rows), *limits))
         logprobs = logits.log_softmax(-1)
         if self._drawn is not None:
             rows, u = arrays[self._drawn[0]], arrays[self._drawn[1]]
-            sums = logits.index_select(0, rows).softmax(-1).cumsum(-1, dtype=torch.float64)
-            # Below the last sum even after rounding, because u is at most 1 - 2**-53.
-            target = (u * sums[:, -1]).unsqueeze(1)
-            token_ids = token_ids.index_copy(0, rows, torch.searchsorted(sums, target, right=True).squeeze(1))
+            found = _in_pieces(_at, logits.index_select(0, rows), u)
+            token_ids = token_ids.index_copy(0, rows, found)
         own = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)
         drawn = Drawn(token_ids, own, highest)
         if self._listed is not None:
@@ -166,6 +189,47 @@ class Draw:
             values, ids = ([], []) if tops is None else (each[at, :count].tolist() for each in tops)
             entries[sample] = SampleLogprobs(float(logprobs[sample]), int(ranks[at]), ids, values)
         return entries
+
+
+def _in_pieces(function: Callable[..., torch.Tensor], *by_row: torch.Tensor) -> torch.Tensor:
+    """What the function gives for some rows at a time of tensors that have the same rows."""
+    step = max(1, _AT_ONCE // by_row[0].shape[1])
+    if step >= len(by_row[0]):
+        return function(*by_row)
+    return torch.cat(
+        [function(*parts) for parts in zip(*(torch.split(each, step) for each in by_row), strict=True)]
+    )
+
+
+def _at(scores: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Tokens ``[R]`` at ``u`` (float64 ``[R]``) of the cumulative distributions of ``[R, V]``."""
+    sums = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+    # Below the last sum even after rounding, because u is at most 1 - 2**-53.
+    return torch.searchsorted(sums, (u * sums[:, -1]).unsqueeze(1), right=True).squeeze(1)
+
+
+def penalised(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    prompts: torch.Tensor,
+    lengths: torch.Tensor,
+    values: torch.Tensor,
+) -> torch.Tensor:
+    """As :meth:`aserve.sampling.penalties.PenaltyRows.apply`, from the sequences themselves.
+
+    logits: float32 ``[R, V]``, overwritten. tokens: int64 ``[R, L]``; of each row the first ``lengths`` are
+    its sequence and of those the first ``prompts`` its prompt, both int64 ``[R]``. values: float32
+    ``[R, 3]``, repetition, frequency and presence penalty.
+    """
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    within = places < lengths.unsqueeze(1)
+    repetition, frequency, presence = values.unsqueeze(2).unbind(1)
+    # Sums of ones, which are exact in any order.
+    seen = torch.zeros_like(logits).scatter_add_(1, tokens, within.float()) > 0
+    drawn = within & (places >= prompts.unsqueeze(1))
+    counts = torch.zeros_like(logits).scatter_add_(1, tokens, drawn.float())
+    logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
+    return logits - frequency * counts - presence * (counts > 0)
 
 
 def truncated(

@@ -305,6 +305,14 @@ class SamplerState:
         """Tokens that the slot may not draw before ``min_tokens``."""
         return self._rows[slot].banned or []
 
+    def prompt_length(self, slot: int) -> int:
+        return len(self._rows[slot].prompt)
+
+    def penalties(self, slot: int) -> tuple[float, float, float]:
+        """Repetition, frequency and presence penalty."""
+        params = self._rows[slot].params
+        return params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+
     def top(self, slot: int) -> int:
         """How many of the likeliest tokens are listed with one that the slot draws."""
         return self._rows[slot].top

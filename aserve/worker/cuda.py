@@ -62,7 +62,7 @@ class CudaWorker(Runner):
         batch.note(plan)
         size = self._graph_size(plan)
         parts = batch.pack(plan, upload, size)
-        samples = Samples(plan, upload, self.rows, batch.pooled, captured=size is not None)
+        samples = Samples(plan, upload, self.rows, batch, captured=size is not None)
         outs = upload.add_ids([block for block, _ in plan.swap_outs])
         ins = upload.add_ids([block for _, block in plan.swap_ins])
         copies = pack_copies(plan.block_copies, upload)
@@ -166,7 +166,7 @@ class CudaWorker(Runner):
 
     def _try(self, plan: StepPlan) -> None:
         """Runs a plan with the sampling that takes most memory."""
-        params = SamplingParams(temperature=1.0, top_p=0.9, top_k=100, logprobs=0)
+        params = SamplingParams(temperature=1.0, top_p=0.9, top_k=100, logprobs=0, presence_penalty=0.1)
         for slot in plan.slots:
             self.sampler.add(slot, params, 0, [], [], None)
         self._launch(plan).wait()

@@ -1,7 +1,7 @@
 """The samples of a step on a device with memory of its own: who draws them, and their way back.
 
-Most rows are drawn on the device without the host. Others need it: a guide, a logits processor and
-penalties must know the token drawn before, beams report candidates. Their rows, and only theirs, are drawn
+Most rows are drawn on the device without the host. Others need it: a guide and a logits processor must know
+the token drawn before, beams report candidates. Their rows, and only theirs, are drawn
 by the common sampler, for which the launch waits. Pooled rows go back as vectors.
 """
 
@@ -16,6 +16,7 @@ from aserve.messages.step import SampleLogprobs, StepPlan, StepResult
 from aserve.sampling.on_device import Draw, Drawn, is_free
 from aserve.worker.accelerator import Accelerator, Event
 from aserve.worker.contained import ContainedRows
+from aserve.worker.device_batch import DeviceBatch
 from aserve.worker.staging import Download, PinnedPool, Upload
 
 logger = logging.getLogger(__name__)
@@ -60,9 +61,11 @@ class Samples:
     """
 
     def __init__(
-        self, plan: StepPlan, upload: Upload, rows: ContainedRows, pooled: set[int], *, captured: bool
+        self, plan: StepPlan, upload: Upload, rows: ContainedRows, batch: DeviceBatch, *, captured: bool
     ) -> None:
         self._plan = plan
+        self._history = batch.history
+        pooled = batch.pooled
         self._contained = rows
         self._slots = slots = [slot for _, slot in plan.samples]
         self._upload = upload
@@ -106,7 +109,7 @@ class Samples:
         token_ids, total = None, len(self._slots)
         if self._draw is not None:
             known = None if greedy is None else (self._free.of(greedy[0]), self._free.of(greedy[1]))
-            self._drawn = self._draw.run(self._free.of(logits), known)
+            self._drawn = self._draw.run(self._free.of(logits), self._history, known)
             token_ids = self._free.put(token_ids, self._drawn.token_ids, total)
         if self._bound.at:
             token_ids = self._bound.put(token_ids, self._draw_bound(logits), total)

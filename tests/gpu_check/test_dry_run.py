@@ -204,8 +204,9 @@ def test_a_gpus_rows_verify_its_kernels(tmp_path: Path) -> None:
     row = correctness.about("correctness", ATTENTION)
     results.put({**row, "passed": True, "off": None, "seed": 3})
     results.put({**correctness.about("correctness", NORM), "passed": False, "error": "RuntimeError: no"})
-    results.put({"kind": "phase", "name": "correctness", "seconds": 1.0})
+    results.put({"kind": "phase", "name": "correctness", "seconds": float("nan")})
     assert path.read_text().count("\n") == 3, "each row is there at once"
+    assert json.loads(path.read_text().splitlines()[-1])["seconds"] is None
     found = hardware.read(path.read_text().splitlines())
     what = Combination("paged_attention", "bfloat16", "bfloat16")
     assert hardware.verified(what, 9, "abc", found)

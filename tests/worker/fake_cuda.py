@@ -152,12 +152,13 @@ class Event:
 
 
 class _Recording:
-    """A graph being captured: operations in order, and the memory it owns."""
+    """A graph being captured: operations in order, the memory it owns and how much of it is used now, and
+    the memory of others that it reads and writes."""
 
     def __init__(self) -> None:
         self.operations: list[tuple[Any, Any, Any, list[torch.Tensor], list[bool]]] = []
         self.owned: weakref.WeakSet[Memory] = weakref.WeakSet()
-        self.kept: list[Memory] = []
+        self.used = 0
         self.reads: dict[int, Memory] = {}
         self.writes: dict[int, Memory] = {}
 
@@ -175,6 +176,7 @@ class Machine:
         self.stalls: list[str] = []
         self.allocated = self.peak = self.reserved = 0
         self.captures = self.replays = 0
+        self._shared = 0
         self.pinned: dict[int, torch.Tensor] = {}
         self._completed: dict[int, int] = {}
         self._arriving: list[tuple[tuple[int, int], torch.Tensor, torch.Tensor]] = []
@@ -267,17 +269,26 @@ class Machine:
         size = -(-inner.numel() * inner.element_size() // 512) * 512
         if self.allocated + size + self.outside > self.total:
             raise torch.OutOfMemoryError("the fake device is full")
-        self.allocated += size
+        recording = self._recording
+        if recording is None:
+            self.allocated += size
+        else:
+            # All graphs share their temporary memory, which stays theirs.
+            recording.owned.add(memory)
+            recording.used += size
+            grown = max(0, recording.used - self._shared)
+            self._shared += grown
+            self.allocated += grown
         self.peak = max(self.peak, self.allocated)
         self.reserved = max(self.reserved, self.allocated)
-        weakref.finalize(memory, self._free, size)
-        if self._recording is not None:
-            self._recording.owned.add(memory)
-            self._recording.kept.append(memory)
+        weakref.finalize(memory, self._free, size, recording)
         return DeviceTensor(inner, memory, self)
 
-    def _free(self, size: int) -> None:
-        self.allocated -= size
+    def _free(self, size: int, recording: _Recording | None) -> None:
+        if recording is None:
+            self.allocated -= size
+        else:
+            recording.used -= size
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self.pinned
@@ -343,12 +354,11 @@ class Machine:
         undo = []
         if recording is not None:
             for each in here:
-                recording.reads[id(each.memory)] = each.memory
-                if each.memory not in recording.kept:
-                    recording.kept.append(each.memory)
-            for each in written:
-                recording.writes[id(each.memory)] = each.memory
                 if each.memory not in recording.owned:
+                    recording.reads[id(each.memory)] = each.memory
+            for each in written:
+                if each.memory not in recording.owned:
+                    recording.writes[id(each.memory)] = each.memory
                     undo.append((each.inner, each.inner.clone()))
         else:
             self._tick([each.memory for each in here], [each.memory for each in written])
@@ -451,10 +461,8 @@ class Machine:
         leaves = _tensors_of(result)
         results = [each.inner for each in leaves]
         self._results.append(results)
-        owned = {id(each) for each in recording.owned}
-        reads = [each for key, each in recording.reads.items() if key not in owned]
-        writes = [each for key, each in recording.writes.items() if key not in owned]
-        writes += [each.memory for each in leaves]
+        reads = list(recording.reads.values())
+        writes = [*recording.writes.values(), *(each.memory for each in leaves)]
 
         def replay() -> None:
             with self.lock:
@@ -604,10 +612,10 @@ def _guard() -> Iterator[None]:
         guards[cuda] = before
 
 
-def methods(kind: type) -> dict[str, inspect.Signature]:
-    """Public methods and their signatures."""
+def methods(kind: type) -> dict[str, list[tuple[str, Any, Any]]]:
+    """Public methods and what they take: names, kinds, defaults."""
     return {
-        name: inspect.signature(value)
+        name: [(each.name, each.kind, each.default) for each in inspect.signature(value).parameters.values()]
         for name, value in vars(kind).items()
         if not name.startswith("_") and callable(value)
     }

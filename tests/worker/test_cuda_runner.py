@@ -186,7 +186,9 @@ def test_greedy_tokens_are_those_of_transformers(checkpoint: Path, machine: fake
 def test_no_step_waits_for_the_device(checkpoint: Path, machine: fake_cuda.Machine) -> None:
     """Greedy and drawn rows, prompts in chunks, forks and their copies, preemption: none needs the host."""
     greedy = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, logprobs=2)
-    drawn = SamplingParams(temperature=0.9, top_p=0.9, seed=3, n=2, max_tokens=20, min_tokens=4)
+    drawn = SamplingParams(
+        temperature=0.9, top_p=0.9, seed=3, n=2, max_tokens=20, min_tokens=4, frequency_penalty=0.3
+    )
     for swap in ("swap", "recompute"):
         with build(
             checkpoint,
