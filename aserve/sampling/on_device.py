@@ -17,7 +17,7 @@ import torch
 from aserve import ops
 from aserve.messages.step import SampleLogprobs
 from aserve.sampling.rng import uniforms
-from aserve.sampling.sampler import Needs, SamplerState, why_not_finite
+from aserve.sampling.sampler import IN_A_PASS, Needs, SamplerState, why_not_finite
 
 _NONE = float("-inf")
 _FREE = Needs.DRAW | Needs.TRUNCATION | Needs.PENALTIES | Needs.MIN_TOKENS | Needs.LOGPROBS
@@ -59,29 +59,15 @@ def is_free(state: SamplerState, slots: list[int]) -> np.ndarray:
     return free
 
 
-class Draw:
-    """The draw of one step for slots ``[S]`` that :func:`is_free`: its numbers, added to ``arrays``.
+class _Part:
+    """Rows of a step that are drawn alike. rows: which, rising. slots, needs: theirs."""
 
-    The slots count as having drawn.
-    """
-
-    def __init__(self, state: SamplerState, slots: list[int], arrays: Arrays) -> None:
-        self._arrays = arrays
-        index = np.array(slots, dtype=np.int64)
-        needs = state.needs[index]
-        self.count = len(slots)
-        others = np.flatnonzero(needs)
-        self._others = arrays.add(others) if len(others) else None
-        self._num_others = len(others)
-        self.listed: list[int] = []
-        """Indices of the samples whose likeliest tokens are listed."""
-        self._counts: list[int] = []
-        if len(others):
-            self._pack(state, others, index[others], needs[others])
-        state.num_output[index] += 1
-
-    def _pack(self, state: SamplerState, others: np.ndarray, slots: np.ndarray, needs: np.ndarray) -> None:
-        add = self._arrays.add
+    def __init__(
+        self, state: SamplerState, rows: np.ndarray, slots: np.ndarray, needs: np.ndarray, arrays: Arrays
+    ) -> None:
+        self.count = len(rows)
+        self._arrays, add = arrays, arrays.add
+        self._rows = add(rows)
         banned = [
             row * state.vocab_size + np.array(state.banned(int(slot)), dtype=np.int64)
             for row, slot in enumerate(slots)
@@ -97,6 +83,61 @@ class Draw:
             values = np.array([state.penalties(int(slot)) for slot in chosen], dtype=np.float32)
             self._penalties = add(penalised), add(chosen), add(prompts), add(lengths), add(values)
             self._longest = int(lengths.max())
+
+    @property
+    def index(self) -> torch.Tensor:
+        return self._arrays[self._rows]
+
+    def draw(self, logits: torch.Tensor, history: History) -> Drawn:
+        """Draws these rows of the step's logits, which stay as they are."""
+        raise NotImplementedError
+
+    def _edited(self, logits: torch.Tensor, history: History) -> torch.Tensor:
+        """A copy of these rows of the logits, with what bans and penalties make of them."""
+        arrays = self._arrays
+        logits = logits.index_select(0, self.index)
+        if self._banned is not None:
+            logits.view(-1).index_fill_(0, arrays[self._banned], _NONE)
+        if self._penalties is not None:
+            # Not by the kernel for penalties: it takes distinct tokens and their counts, and the host, which
+            # has them, does not know the token drawn last.
+            rows, slots, *rest = (arrays[each] for each in self._penalties)
+            part = penalised(logits.index_select(0, rows), history(slots, self._longest), *rest)
+            logits.index_copy_(0, rows, part)
+        return logits
+
+
+class _InAPass(_Part):
+    """Rows that need no more than :func:`aserve.ops.sample` does."""
+
+    def __init__(
+        self, state: SamplerState, rows: np.ndarray, slots: np.ndarray, needs: np.ndarray, arrays: Arrays
+    ) -> None:
+        super().__init__(state, rows, slots, needs, arrays)
+        temperature = np.where(needs & Needs.DRAW, state.temperature[slots], np.float32(0))
+        columns = (temperature, state.seeds[slots].view(np.int64), state.num_output[slots])
+        self._columns = [arrays.add(each) for each in columns]
+
+    def draw(self, logits: torch.Tensor, history: History) -> Drawn:
+        if self._banned is not None or self._penalties is not None:
+            logits = self._edited(logits, history)
+        elif self.count < len(logits):
+            logits = logits.index_select(0, self.index)
+        highest = logits.amax(-1)
+        temperature, seeds, positions = (self._arrays[each] for each in self._columns)
+        # Beside a logit so large that the quotient would be infinite, no lower one is likely at all.
+        temperature = temperature.masked_fill(torch.isinf(highest / temperature), 0.0)
+        return Drawn(*ops.sample(logits, temperature, seeds, positions), highest)
+
+
+class _InSteps(_Part):
+    """Rows that are drawn as ``SamplerState._sample`` draws them, in its order."""
+
+    def __init__(
+        self, state: SamplerState, rows: np.ndarray, slots: np.ndarray, needs: np.ndarray, arrays: Arrays
+    ) -> None:
+        super().__init__(state, rows, slots, needs, arrays)
+        add = arrays.add
         drawn = np.flatnonzero(needs & Needs.DRAW)
         self._drawn = self._cut = None
         if len(drawn):
@@ -110,40 +151,11 @@ class Draw:
             self._cut = add(cut), add(state.top_k[chosen]), add(state.top_p[chosen]), add(least)
         listed = np.flatnonzero(needs & Needs.LOGPROBS)
         self._listed = add(listed) if len(listed) else None
-        self._counts = [state.top(int(slot)) for slot in slots[listed]]
-        self.listed = others[listed].tolist()
+        self._width = max((state.top(int(slot)) for slot in slots[listed]), default=0)
 
-    def run(
-        self,
-        logits: torch.Tensor,
-        history: History,
-        greedy: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> Drawn:
-        """logits: float32 ``[S, V]``, not changed. greedy: what :func:`aserve.ops.greedy_logprob` gives for
-        them, where it is known."""
-        token_ids, logprobs = ops.greedy_logprob(logits) if greedy is None else greedy
-        drawn = Drawn(token_ids, logprobs, logits.amax(-1))
-        if self._others is None:
-            return drawn
-        index = self._arrays[self._others]
-        part = self._draw(logits.index_select(0, index), history)
-        return Drawn(
-            token_ids.index_copy(0, index, part.token_ids),
-            logprobs.index_copy(0, index, part.logprobs),
-            drawn.highest.index_copy(0, index, part.highest),
-            part.ranks,
-            part.tops,
-        )
-
-    def _draw(self, logits: torch.Tensor, history: History) -> Drawn:
-        """The steps of ``SamplerState._sample``, in its order. logits: of the other rows, overwritten."""
+    def draw(self, logits: torch.Tensor, history: History) -> Drawn:
         arrays = self._arrays
-        if self._banned is not None:
-            logits.view(-1).index_fill_(0, arrays[self._banned], _NONE)
-        if self._penalties is not None:
-            rows, slots, *rest = (arrays[each] for each in self._penalties)
-            part = penalised(logits.index_select(0, rows), history(slots, self._longest), *rest)
-            logits.index_copy_(0, rows, part)
+        logits = self._edited(logits, history)
         highest, token_ids = logits.max(-1)
         broken = ~torch.isfinite(highest)
         # Any finite row: what is drawn from it is thrown away.
@@ -168,11 +180,62 @@ class Draw:
             rows = arrays[self._listed]
             part, chosen = logprobs.index_select(0, rows), own.index_select(0, rows)
             drawn.ranks = (part > chosen.unsqueeze(1)).sum(-1) + 1
-            width = max(self._counts)
-            if width:
+            if self._width:
                 # Stable: equally likely tokens by id.
                 values, ids = torch.sort(part, dim=-1, descending=True, stable=True)
-                drawn.tops = values[:, :width], ids[:, :width]
+                drawn.tops = values[:, : self._width], ids[:, : self._width]
+        return drawn
+
+
+class Draw:
+    """The draw of one step for slots ``[S]`` that :func:`is_free`: its numbers, added to ``arrays``.
+
+    device: where it is drawn. What a kernel there draws in one pass over the logits it draws, as the common
+    sampler's does. The slots count as having drawn.
+    """
+
+    def __init__(self, state: SamplerState, slots: list[int], arrays: Arrays, device: torch.device) -> None:
+        index = np.array(slots, dtype=np.int64)
+        needs = state.needs[index]
+        self.count = len(slots)
+        # How a row is drawn must depend on its own needs alone.
+        passed = (needs & ~IN_A_PASS == 0) & ops.samples(device)
+        self._parts: list[_Part] = []
+        self.listed: list[int] = []
+        """Indices of the samples whose likeliest tokens are listed."""
+        self._counts: list[int] = []
+        rows = np.flatnonzero((needs != 0) & passed)
+        if len(rows):
+            self._parts.append(_InAPass(state, rows, index[rows], needs[rows], arrays))
+        rows = np.flatnonzero((needs != 0) & ~passed)
+        if len(rows):
+            self._parts.append(_InSteps(state, rows, index[rows], needs[rows], arrays))
+            listed = rows[needs[rows] & Needs.LOGPROBS != 0]
+            self.listed = listed.tolist()
+            self._counts = [state.top(slots[row]) for row in self.listed]
+        state.num_output[index] += 1
+
+    def run(
+        self,
+        logits: torch.Tensor,
+        history: History,
+        greedy: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Drawn:
+        """logits: float32 ``[S, V]``, not changed. greedy: what :func:`aserve.ops.greedy_logprob` gives for
+        them, where it is known."""
+        if self._parts and self._parts[0].count == self.count:
+            return self._parts[0].draw(logits, history)
+        token_ids, logprobs = ops.greedy_logprob(logits) if greedy is None else greedy
+        drawn = Drawn(token_ids, logprobs, logits.amax(-1))
+        for each in self._parts:
+            index, part = each.index, each.draw(logits, history)
+            drawn = Drawn(
+                drawn.token_ids.index_copy(0, index, part.token_ids),
+                drawn.logprobs.index_copy(0, index, part.logprobs),
+                drawn.highest.index_copy(0, index, part.highest),
+                part.ranks,
+                part.tops,
+            )
         return drawn
 
     def failed(self, logprobs: np.ndarray, highest: np.ndarray) -> dict[int, str]:

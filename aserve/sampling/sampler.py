@@ -44,7 +44,7 @@ class Needs:
     CANDIDATES = 128
 
 
-_IN_A_PASS = Needs.DRAW | Needs.PENALTIES | Needs.PROCESSORS | Needs.MIN_TOKENS | Needs.GUIDED
+IN_A_PASS = Needs.DRAW | Needs.PENALTIES | Needs.PROCESSORS | Needs.MIN_TOKENS | Needs.GUIDED
 """What rows may need that a device's kernel draws for in one pass over their logits."""
 
 
@@ -228,7 +228,7 @@ class SamplerState:
         # neighbours'.
         kinds = np.where(needs == 0, 0, np.where(needs == Needs.GUIDED, 1, 2))
         if ops.samples(logits.device):
-            kinds[(kinds == 2) & (needs & ~_IN_A_PASS == 0)] = 3
+            kinds[(kinds == 2) & (needs & ~IN_A_PASS == 0)] = 3
         if kinds.min() == kinds.max():
             sampled = self._draw_rows(kinds[0], logits, needs, slots, index)
         else:

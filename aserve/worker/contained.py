@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from aserve.messages.params import SamplingParams
-from aserve.messages.step import Fork, NewSequence, SampleLogprobs
+from aserve.messages.step import Fork, NewSequence, SampleLogprobs, StepPlan
 from aserve.sampling.sampler import Sampled, SamplerState
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,15 @@ class ContainedRows:
     def __init__(self, sampler: SamplerState) -> None:
         self.sampler = sampler
         self.broken: dict[int, str] = {}
+
+    def begin(self, plan: StepPlan) -> None:
+        """Takes in who is new to a plan's slots, and what has been chosen for them since the last one."""
+        for new in plan.new:
+            self.add(new)
+        for fork in plan.forks:
+            self.fork(fork)
+        for slot, position, token_id in plan.chosen:
+            self.choose(slot, position, token_id)
 
     def add(self, new: NewSequence) -> None:
         """Gives a slot to a sequence; one that cannot be prepared fails at its first draw."""

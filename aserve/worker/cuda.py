@@ -17,7 +17,7 @@ from aserve.worker.device_batch import DeviceBatch
 from aserve.worker.runner import Handle, Runner
 from aserve.worker.samples import Samples
 from aserve.worker.staging import PinnedPool, Staging
-from aserve.worker.swap import BlockMover, pack_copies
+from aserve.worker.swap import BlockMover
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +52,7 @@ class CudaWorker(Runner):
     def _launch(self, plan: StepPlan) -> Handle:
         started = self.accelerator.event(timing=True)
         started.record(self.accelerator.compute)
-        for new in plan.new:
-            self.rows.add(new)
-        for fork in plan.forks:
-            self.rows.fork(fork)
-        for slot, position, token_id in plan.chosen:
-            self.rows.choose(slot, position, token_id)
+        self.rows.begin(plan)
         batch, upload = self.batch, self.staging.begin()
         batch.note(plan)
         size = self._graph_size(plan)
@@ -65,14 +60,14 @@ class CudaWorker(Runner):
         samples = Samples(plan, upload, self.rows, batch, captured=size is not None)
         outs = upload.add_ids([block for block, _ in plan.swap_outs])
         ins = upload.add_ids([block for _, block in plan.swap_ins])
-        copies = pack_copies(plan.block_copies, upload)
+        copies = self.mover.pack(plan.block_copies, upload)
         upload.send(0 if size is None else self.graphs.row_bytes(size))
         batch.apply(plan, parts, upload)
         if plan.swap_outs:
             self.mover.move_out(plan.swap_outs, upload[outs])
         if plan.swap_ins:
             self.mover.move_in(plan.swap_ins, upload[ins])
-        self.mover.copy(upload, copies)
+        self.mover.copy(plan.block_copies, upload, copies)
         prompt_logprobs = None
         if size is not None:
             decoded = self.graphs.replay(size)

@@ -85,7 +85,9 @@ class Samples:
             self._group([i for i, is_so in zip(drawn, free, strict=True) if is_so == wanted], place)
             for wanted in (True, False)
         )
-        self._draw = Draw(rows.sampler, [slots[i] for i in self._free.at], upload) if self._free.at else None
+        self._draw = None
+        if self._free.at:
+            self._draw = Draw(rows.sampler, [slots[i] for i in self._free.at], upload, batch.device)
         self._drawn: Drawn | None = None
         self._result = StepResult(plan.step_id, [0] * len(slots), [0.0] * len(slots))
         self._failed: dict[int, str] = {}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from aserve import ops
 from aserve.attention.base import KVCache
+from aserve.ops import cuda
 from aserve.worker.accelerator import Accelerator
 from aserve.worker.staging import Upload
 
@@ -25,14 +27,19 @@ class BlockMover:
 
     def __init__(self, accelerator: Accelerator, caches: list[KVCache], num_swap_blocks: int) -> None:
         self._accelerator = accelerator
+        self._caches = caches
         self._sides = [side for cache in caches for side in cache]
         self._sizes = [side[0].numel() for side in self._sides]
+        dtype = self._sides[0].dtype
+        self._by_kernel = len({side.shape for side in self._sides}) == 1 and cuda.serves(
+            "copy_blocks", dtype, dtype, accelerator.device.index or 0
+        )
+        """Whether one kernel copies blocks of all layers, which must then be alike."""
         self.block_bytes = sum(self._sizes) * self._sides[0].element_size()
         self._piece = max(1, _PIECE_BYTES // self.block_bytes)
         self.num_swap_blocks = num_swap_blocks
         if not num_swap_blocks:
             return
-        dtype = self._sides[0].dtype
         shape = (min(self._piece, num_swap_blocks), sum(self._sizes))
         self._piece = shape[0]
         self._leaving = torch.empty(shape, dtype=dtype, device=accelerator.device)
@@ -88,8 +95,15 @@ class BlockMover:
                 side.index_copy_(0, index, view)
             self._came.record(accelerator.compute)
 
-    def copy(self, upload: Upload, sections: list[tuple[int, int]]) -> None:
-        """Copies blocks within the device; each section pair holds sources and destinations, int64."""
+    def pack(self, pairs: list[tuple[int, int]], upload: Upload) -> list[tuple[int, int]]:
+        """Adds to the upload what :meth:`copy` needs for ``(source, destination)`` copies in the device."""
+        return [] if self._by_kernel else pack_copies(pairs, upload)
+
+    def copy(self, pairs: list[tuple[int, int]], upload: Upload, sections: list[tuple[int, int]]) -> None:
+        """Copies blocks within the device, in order. sections: what :meth:`pack` gave for the pairs."""
+        if self._by_kernel:
+            ops.copy_blocks(self._caches, pairs)
+            return
         for source, destination in sections:
             for side in self._sides:
                 side.index_copy_(0, upload[destination], side.index_select(0, upload[source]))

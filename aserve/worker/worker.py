@@ -70,12 +70,7 @@ class Worker(Runner):
     @torch.inference_mode()
     def _run(self, plan: StepPlan) -> StepResult:
         self.batch.apply(plan)
-        for new in plan.new:
-            self.rows.add(new)
-        for fork in plan.forks:
-            self.rows.fork(fork)
-        for slot, position, token_id in plan.chosen:
-            self.rows.choose(slot, position, token_id)
+        self.rows.begin(plan)
         if plan.swap_outs:
             kv_cache.move_blocks(self.caches, self.swap_space, plan.swap_outs)
         if plan.swap_ins:

@@ -4,28 +4,13 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
+from aserve.gpu_check.problems.draws import noise
 from tests.cuda.emulator import CODES, Emulator, PenaltyArgs, SampleArgs, orders, ptr
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-WORD = (1 << 64) - 1
-
-
-def scramble(z: int) -> int:
-    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & WORD
-    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & WORD
-    return z ^ z >> 31
-
-
-def noise(seed: int, position: int, size: int) -> torch.Tensor:
-    """float64 Gumbel noise of every token."""
-    stream = scramble((scramble(seed & WORD) + position) & WORD)
-    bits = [scramble((stream + (token + 1) * 0x9E3779B97F4A7C15) & WORD) >> 41 for token in range(size)]
-    uniform = (np.array(bits, dtype=np.float64) + 0.5) * 2.0**-23
-    return torch.from_numpy(-np.log(-np.log(uniform)))
 
 
 def sample(

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from aserve import ops
 from aserve.messages.params import SamplingParams
+from aserve.ops import reference
 from aserve.sampling import on_device
 from aserve.sampling.on_device import Draw, is_free, truncated
 from aserve.sampling.sampler import SamplerState
@@ -62,9 +64,13 @@ def some_logits(rng: random.Random, rows: int, coarse: bool) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("at_once", [on_device._AT_ONCE, 3 * VOCABULARY])
-def test_the_same_draws(seed: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("at_once", "by_kernel"), [(on_device._AT_ONCE, False), (3 * VOCABULARY, False), (3 * VOCABULARY, True)]
+)
+def test_the_same_draws(seed: int, at_once: int, by_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """by_kernel: what a kernel draws in one pass is left to it, as on a GPU whose kernels are verified."""
     monkeypatch.setattr(on_device, "_AT_ONCE", at_once)
+    monkeypatch.setattr(ops, "samples", lambda device: by_kernel)
     rng = random.Random(seed)
     slots = rng.sample(range(40), 11)
     ours, theirs = (SamplerState(40, VOCABULARY, torch.device("cpu")) for _ in range(2))
@@ -85,7 +91,7 @@ def test_the_same_draws(seed: int, at_once: int, monkeypatch: pytest.MonkeyPatch
             logits[3] = float("nan")
             logits[5] = float("-inf")
         arrays = Arrays()
-        draw = Draw(ours, slots, arrays)
+        draw = Draw(ours, slots, arrays, torch.device("cpu"))
         before = logits.clone()
         drawn = draw.run(logits, lambda index, longest: tokens[index, :longest])
         assert torch.equal(logits.nan_to_num(), before.nan_to_num())
@@ -132,3 +138,25 @@ def test_what_needs_the_host_is_left_to_it(options: dict[str, Any]) -> None:
     state.add(0, SamplingParams(**options), 0, [1], [], None)
     state.add(1, SamplingParams(), 0, [1], [], None, candidates=4)
     assert not is_free(state, [0, 1]).any()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_rows_of_one_kind_are_drawn_from_the_logits_themselves(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One kernel for the whole step: the likeliest tokens, which nobody wants, are not looked for."""
+    monkeypatch.setattr(ops, "samples", lambda device: True)
+    monkeypatch.setattr(ops, "greedy_logprob", None)
+    state, slots = SamplerState(8, VOCABULARY, torch.device("cpu")), list(range(count))
+    for slot in slots:
+        state.add(slot, SamplingParams(temperature=0.7), 5 + slot, [1], [], None)
+    logits = some_logits(random.Random(1), count, coarse=False)
+    logits[0] *= 1e37
+    state.temperature[0] = 1e-3
+    drawn = Draw(state, slots, Arrays(), torch.device("cpu")).run(logits, lambda *given: torch.empty(0))
+    temperature = torch.tensor([0.0] + [0.7] * (count - 1))
+    seeds = torch.arange(5, 5 + count)
+    token_ids, logprobs = reference.sample(logits, temperature, seeds, torch.zeros_like(seeds))
+    assert drawn.token_ids.tolist() == token_ids.tolist()
+    torch.testing.assert_close(drawn.logprobs, logprobs)
+    assert torch.equal(drawn.highest, logits.amax(-1))

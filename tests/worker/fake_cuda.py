@@ -49,6 +49,8 @@ _SYNCHRONOUS = {
 }
 _CONVERSIONS = {"aten::to", "aten::_to_copy", "aten::cpu", "aten::cuda"}
 _UNINITIALISED = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
+_IDS_FROM_HOST = {"copy_blocks"}
+"""Operations of aserve's whose ids are taken from pageable memory: so few that the driver does not wait."""
 _INDEXED = {"aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_"}
 
 
@@ -333,6 +335,9 @@ class Machine:
             index = [each for each in pytree.tree_leaves(args[1]) if isinstance(each, torch.Tensor)]
             if any(each.dtype in (torch.bool, torch.uint8) for each in index):
                 self._stall("an index by truth values")
+        elif name.rpartition("::")[2] in _IDS_FROM_HOST:
+            if self._recording is not None:
+                raise HazardError("a captured copy from the host")
         elif any(each.dim() for each in host):
             raise RuntimeError(f"{name}: expected all tensors to be on the same device")
         if name in _SYNCHRONOUS:
