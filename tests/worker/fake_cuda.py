@@ -582,6 +582,7 @@ class FakeAccelerator:
 def installed(machine: Machine) -> Iterator[Machine]:
     """Within it ``cuda`` is this machine, for torch and for aserve."""
     import aserve.worker.cuda
+    from aserve.attention import route
 
     patches: list[tuple[Any, str, Any]] = [
         (torch.cuda, "is_available", lambda: True),
@@ -591,6 +592,10 @@ def installed(machine: Machine) -> Iterator[Machine]:
         (torch.cuda, "_lazy_init", lambda: None),
         (aserve.worker.cuda, "CudaAccelerator", lambda: FakeAccelerator(machine)),
     ]
+    # What serves a layer is remembered, and is another thing on another device.
+    remembered = (route.choose, route._own)
+    for each in remembered:
+        each.cache_clear()
     before = [getattr(owner, name) for owner, name, _ in patches]
     for owner, name, value in patches:
         setattr(owner, name, value)
@@ -600,6 +605,8 @@ def installed(machine: Machine) -> Iterator[Machine]:
     finally:
         for (owner, name, _), value in zip(patches, before, strict=True):
             setattr(owner, name, value)
+        for each in remembered:
+            each.cache_clear()
 
 
 @contextmanager
