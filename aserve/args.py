@@ -349,7 +349,7 @@ class EngineArgs:
         group=_SCHEDULER,
         default_text="any time; with aserve serve 1.7",
         help="With chunked prefill, keep the pieces so small that a step takes at most this many "
-        "times what its decodes alone take, or 10 ms.",
+        "times what its decodes alone take, or 10 ms; more where requests wait to begin.",
     )
     overlap: int = arg(
         1,

@@ -293,7 +293,8 @@ class LLMEngine:
 
     def schedule(self) -> StepPlan | None:
         """Decides the next step, and tells callers about requests that ended without one."""
-        plan = self.core.schedule(time.time(), *self._steps_at_once(), self._pace.prompt_tokens())
+        allowed = self._pace.prompt_tokens(len(self.core.waiting) - self.core.num_swapped)
+        plan = self.core.schedule(time.time(), *self._steps_at_once(), allowed)
         if plan is not None:
             self._pace.issued(plan)
         for group in self.core.take_expired():

@@ -19,6 +19,10 @@ class Pace:
     slowdown: a step that computes prompt tokens besides decodes is to take at most this many times what the
         decodes alone take, or ``_STEP_SECONDS`` if that is more; None for any time.
 
+    Requests that wait for their first token count as much as those that decode: with as many waiting as
+    decoding, steps may take twice as long. Else a crowd that comes at once would be served at a trickle for
+    the sake of its first members.
+
     A step's time is taken as that of its decodes plus one for each prompt token, which is what it is on a
     device that is busy with as few tokens as that. Where the estimate is wrong, steps take longer or chunks
     are smaller than they might be; tokens do not depend on it.
@@ -28,7 +32,7 @@ class Pace:
         self._slowdown = slowdown
         self._decode_seconds = 0.0
         self._token_seconds = 0.0
-        self._drew = False
+        self._drawing = 0
 
     @property
     def step_seconds(self) -> float:
@@ -37,7 +41,7 @@ class Pace:
 
     def issued(self, plan: StepPlan) -> None:
         """Takes note of a plan: what it draws for decodes in the next step."""
-        self._drew = bool(plan.samples)
+        self._drawing = len(plan.samples)
 
     def took(self, plan: StepPlan, result: StepResult) -> None:
         """Takes note of what a plan took."""
@@ -52,9 +56,9 @@ class Pace:
         known = self._token_seconds or seconds
         self._token_seconds = _MEMORY * known + (1 - _MEMORY) * seconds
 
-    def prompt_tokens(self) -> float:
-        """Most prompt tokens for the next step."""
-        if self._slowdown is None or not (self._drew and self._decode_seconds and self._token_seconds):
+    def prompt_tokens(self, waiting: int = 0) -> float:
+        """Most prompt tokens for the next step. waiting: requests of which nothing has been computed yet."""
+        if self._slowdown is None or not (self._drawing and self._decode_seconds and self._token_seconds):
             return math.inf
-        allowed = max(self._slowdown * self._decode_seconds, _STEP_SECONDS) - self._decode_seconds
-        return max(_LEAST_TOKENS, int(allowed / self._token_seconds))
+        step = max(self._slowdown * self._decode_seconds, _STEP_SECONDS) * (1 + waiting / self._drawing)
+        return max(_LEAST_TOKENS, int((step - self._decode_seconds) / self._token_seconds))

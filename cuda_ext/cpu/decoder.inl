@@ -34,81 +34,8 @@ constexpr int64_t kAloneTokens = 3;
 constexpr int64_t kDrawTokens = 16;     // from so many on, parts are drawn
 constexpr int64_t kDrawParts = 8;       // a member
 constexpr int64_t kPieceRows = 256;     // of the tokens that are multiplied at a time
-constexpr int64_t kMlpFloats = 48 << 10;  // of such a block: it stays in the second-level cache
-
-// The two layouts that ready activations can have.
-constexpr int kLayouts = 2;
-constexpr int ready_layout(Format format) { return is_dense(format) ? 0 : 1; }
-
 constexpr size_t kFetchWaiting = 128 << 10;  // bytes of weights that are fetched while waiting at a barrier
-
-struct DrawCounter {
-  alignas(64) int64_t next;
-};
-
-// Buffers of a call. Null ones are not used.
-struct DecoderMemory {
-  uint8_t* ready_hidden[kLayouts];  // [tokens] rows of the residual stream, normed
-  uint8_t* ready_attended;
-  float* x;  // residual stream [tokens, hidden]
-};
-
-struct DecoderCall {
-  const DecoderArgs* args;
-  bool alone, draw;
-  int64_t delta_stride, gate_groups;  // gate_groups: of a block
-  float *q, *k, *v, *attended;        // [tokens, heads * head_size]
-  float* delta;                       // [tokens, delta_stride]: what a sublayer adds to the residual stream
-  uint8_t* ready_mlp;                 // [tokens] rows of down's input
-  DecoderMemory shared;
-  uint8_t* members;
-  size_t member_bytes;
-  AttentionPlan* plans[kMaxWindows];
-  DrawCounter counters[4];
-};
-
-// The most that any layer needs.
-struct DecoderSizes {
-  size_t ready_hidden[kLayouts], ready_attended, ready_mlp, scratch;  // bytes, of a row
-};
-
-inline DecoderSizes decoder_sizes(const DecoderArgs& a) {
-  const auto grow = [](size_t& size, size_t wanted) { size = wanted > size ? wanted : size; };
-  DecoderSizes s = {};
-  for (int64_t i = 0; i < a.stack->layers; i++) {
-    const DecoderLayer& l = a.layers[i];
-    const PackedWeight* const weights[] = {&l.q, &l.k, &l.v, &l.gate, &l.up, &l.out, &l.down};
-    for (int w = 0; w < 5; w++)
-      grow(s.ready_hidden[ready_layout(weights[w]->format)],
-           ready_bytes(weights[w]->format, weights[w]->columns));
-    grow(s.ready_attended, ready_bytes(l.out.format, l.out.columns));
-    grow(s.ready_mlp, ready_bytes(l.down.format, l.down.columns));
-    for (const PackedWeight* w : weights)
-      grow(s.scratch, whole_lines(scratch_bytes(w->format, w->columns)));
-  }
-  return s;
-}
-
-// Cuts buffers from memory; with memory null it only counts.
-struct Cutter {
-  uint8_t* memory;
-  size_t used;
-  uint8_t* bytes(size_t count) {
-    uint8_t* const start = memory == nullptr ? nullptr : memory + used;
-    used += whole_lines(count);
-    return start;
-  }
-  float* floats(int64_t count) { return reinterpret_cast<float*>(bytes(static_cast<size_t>(count) * sizeof(float))); }
-};
-
-inline DecoderMemory cut_memory(Cutter& cut, const DecoderSizes& s, int64_t tokens) {
-  DecoderMemory m = {};
-  const size_t rows = static_cast<size_t>(tokens);
-  for (int i = 0; i < kLayouts; i++)
-    if (s.ready_hidden[i] > 0) m.ready_hidden[i] = cut.bytes(rows * s.ready_hidden[i]);
-  m.ready_attended = cut.bytes(rows * s.ready_attended);
-  return m;
-}
+constexpr int64_t kMlpFloats = 48 << 10;  // of such a block: it stays in the second-level cache
 
 // One member's work in a call.
 class DecoderWorker {
@@ -133,7 +60,7 @@ class DecoderWorker {
   void run() {
     for (int64_t i = 0; i < stack_.layers; i++) {
       const DecoderLayer& l = a_.layers[i];
-      look_ahead(i);
+      if (!call_.draw) path_.look_ahead(a_, i, member_.index, member_.count);
       const float* before = i > 0 ? a_.layers[i - 1].post_mlp_norm : nullptr;
       rows([&](int64_t t) {
         if (i == 0) {
@@ -199,67 +126,13 @@ class DecoderWorker {
     cut_member(cut, call_, sizes, memory_, row_, block_, scratch_);
   }
 
-  // What a member reads of a layer, in this order.
-  enum Read { kQ, kK, kV, kOut, kGate, kUp, kDown, kReads };
-
   // A barrier. `last`: what has been read last, where what follows is known.
   void sync(Read last = kReads) {
     // This counter was last used before the last barrier but one, and is not used before the next.
     if (member_.index == 0) __atomic_store_n(&call_.counters[(phase_ + 2) % 4].next, 0, __ATOMIC_RELAXED);
-    const Upcoming next = last == kReads ? kNothingUpcoming : *after(last);
+    const Upcoming next = last == kReads ? kNothingUpcoming : *path_.after(last);
     member_.sync(next.data, minimum(next.bytes, kFetchWaiting));
     phase_++;
-  }
-
-  const Upcoming* after(Read read) const { return path_ + path_after_[read]; }
-
-  // Lists this member's shares of the layer's weights and of those it reads next; none where shares are drawn.
-  void look_ahead(int64_t layer) {
-    int used = 0;
-    const auto append = [&](const PackedWeight& w, int64_t first, int64_t last) {
-      if (first >= last) return;
-      const size_t size = group_bytes(w.format, w.columns);
-      path_[used++] = {w.data + static_cast<size_t>(first) * size, static_cast<size_t>(last - first) * size, size};
-    };
-    const auto share_of = [&](const PackedWeight& w, int64_t multiple) {
-      const Part part = part_of(w.groups(), multiple, member_.index, member_.count);
-      append(w, part.first, part.last);
-    };
-    for (int64_t i = layer; i < minimum(layer + 2, stack_.layers) && !call_.draw; i++) {
-      const DecoderLayer& l = a_.layers[i];
-      const auto note = [&](Read read) {
-        if (i == layer) path_after_[read] = used;
-      };
-      const ProjectParts parts = project_parts(part_of(heads_groups(), 1, member_.index, member_.count));
-      append(l.q, parts.q.first, parts.q.last);
-      note(kQ);
-      append(l.k, parts.k.first, parts.k.last);
-      note(kK);
-      append(l.v, parts.v.first, parts.v.last);
-      note(kV);
-      share_of(l.out, 1);
-      note(kOut);
-      share_of(l.gate, gate_multiple(l));
-      note(kGate);
-      share_of(l.up, gate_multiple(l));
-      note(kUp);
-      share_of(l.down, 1);
-      note(kDown);
-    }
-    if (call_.draw) {
-      for (int& place : path_after_) place = 0;
-    } else if (layer + 2 > stack_.layers && stack_.head.data != nullptr) {
-      share_of(stack_.head, 1);
-    }
-    path_[used] = kNothingUpcoming;
-  }
-
-  struct Part {
-    int64_t first, last;
-  };
-  static Part part_of(int64_t count, int64_t multiple, int64_t i, int64_t parts) {
-    const int64_t units = ceil_div(count, multiple);
-    return {minimum(count, units * i / parts * multiple), minimum(count, units * (i + 1) / parts * multiple)};
   }
 
   // body(first, last) over parts of [0, count) that begin at multiples of `multiple`. A barrier follows.
@@ -346,47 +219,29 @@ class DecoderWorker {
     const size_t stride = ready_bytes(w.format, w.columns);
     share_pieces(w.groups(), call_.draw ? 2 : 1, [&](int64_t top, int64_t rows, int64_t first, int64_t last) {
       linear_multiply(w, ready + static_cast<size_t>(top) * stride, rows, first, last,
-                      call_.delta + top * call_.delta_stride, call_.delta_stride, scratch_, after(read));
+                      call_.delta + top * call_.delta_stride, call_.delta_stride, scratch_, path_.after(read));
     });
-  }
-
-  int64_t head_groups() const { return stack_.head_size / kGroup; }
-  // Of queries, keys and values.
-  int64_t heads_groups() const { return (stack_.q_heads + 2 * stack_.kv_heads) * head_groups(); }
-
-  // A share of the groups of q, k and v, one after the other, as groups of each.
-  struct ProjectParts {
-    Part q, k, v;
-  };
-  ProjectParts project_parts(Part share) const {
-    const int64_t each = head_groups(), q_end = stack_.q_heads * each, k_end = q_end + stack_.kv_heads * each;
-    // Queries and keys by whole heads.
-    const auto edge = [&](int64_t group) { return group > k_end ? group : (group + each / 2) / each * each; };
-    const int64_t first = edge(share.first), last = edge(share.last);
-    const auto within = [&](int64_t begin, int64_t end) {
-      return Part{maximum(first, begin) - begin, minimum(last, end) - begin};
-    };
-    return {within(0, q_end), within(q_end, k_end), within(k_end, heads_groups())};
   }
 
   // Queries, keys and values: turned and stored.
   void project(const DecoderLayer& l) {
-    share_pieces(heads_groups(), 1, [&](int64_t top, int64_t rows, int64_t begin, int64_t end) {
-      const ProjectParts parts = project_parts({begin, end});
+    const int64_t head_groups = stack_.head_size / kGroup;
+    share_pieces(projected_groups(stack_), 1, [&](int64_t top, int64_t rows, int64_t begin, int64_t end) {
+      const ProjectParts parts = project_parts(stack_, {begin, end});
       const auto groups = [&](const PackedWeight& w, Part part, Read read, float* out, const auto& then) {
         if (part.first >= part.last) return;
         const size_t stride = ready_bytes(w.format, w.columns);
         linear_multiply(w, hidden_for(w) + static_cast<size_t>(top) * stride, rows, part.first, part.last,
-                        out + top * w.rows, w.rows, scratch_, after(read));
+                        out + top * w.rows, w.rows, scratch_, path_.after(read));
         then(part.first, part.last);
       };
       groups(l.q, parts.q, kQ, call_.q, [&](int64_t from, int64_t to) {
-        turn_queries(l, top, top + rows, from / head_groups(), to / head_groups());
+        turn_queries(l, top, top + rows, from / head_groups, to / head_groups);
       });
       with_type(stack_.cache_dtype, [&](auto element) {
         using T = typename Plain<decltype(element)>::type;
         groups(l.k, parts.k, kK, call_.k, [&](int64_t from, int64_t to) {
-          store_keys<T>(l, top, top + rows, from / head_groups(), to / head_groups());
+          store_keys<T>(l, top, top + rows, from / head_groups, to / head_groups);
         });
         groups(l.v, parts.v, kV, call_.v, [&](int64_t from, int64_t to) {
           store_values<T>(l, top, top + rows, from, to);
@@ -449,14 +304,11 @@ class DecoderWorker {
     attention_part(*call_.plans[l.window], args, member_.index);
   }
 
-  // Of the groups of gate and up in a share: a block of down's input is not divided.
-  int64_t gate_multiple(const DecoderLayer& l) const { return call_.draw || !is_dense(l.down.format) ? 2 : 1; }
-
   // Gate and up of the same columns, their product made ready for down.
   void gate_and_up(const DecoderLayer& l) {
     const int64_t width = l.gate.rows, block_width = call_.gate_groups * kGroup;
     const size_t ready = ready_bytes(l.down.format, width);
-    share_pieces(l.gate.groups(), gate_multiple(l), [&](int64_t top, int64_t rows, int64_t first, int64_t last) {
+    share_pieces(l.gate.groups(), gate_multiple(l, call_.draw), [&](int64_t top, int64_t rows, int64_t first, int64_t last) {
       float *gate = block_, *up = block_ + rows * block_width;
       for (int64_t group = first; group < last; group += call_.gate_groups) {
         const int64_t end = minimum(last, group + call_.gate_groups), column = group * kGroup;
@@ -465,7 +317,7 @@ class DecoderWorker {
         const auto multiply = [&](const PackedWeight& w, float* out, Read read) {
           // The kernel places a group at its own columns, hence the shifted start.
           linear_multiply(w, hidden_for(w) + static_cast<size_t>(top) * ready_bytes(w.format, w.columns), rows, group,
-                          end, out - column, block_width, scratch_, whole ? after(read) : &kNothingUpcoming);
+                          end, out - column, block_width, scratch_, whole ? path_.after(read) : &kNothingUpcoming);
         };
         multiply(l.gate, gate, kGate);
         multiply(l.up, up, kUp);
@@ -503,8 +355,7 @@ class DecoderWorker {
   float *row_, *block_;
   uint8_t* scratch_;
   int64_t phase_ = 0;
-  Upcoming path_[2 * kReads + 2];
-  int path_after_[kReads];
+  ReadPath path_;
 #ifdef ASERVE_PROFILE
   uint64_t stamp_ = __builtin_ia32_rdtsc();
 #endif

@@ -37,6 +37,10 @@ namespace {
 
 #include "linear.inl"
 
+#include "decoder_path.inl"
+
+#include "decoder_memory.inl"
+
 #include "decoder.inl"
 
 constexpr Kernels table = {"avx2", norm, rotary, store_kv, attention, gated, greedy_logprob,

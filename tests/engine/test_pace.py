@@ -38,6 +38,14 @@ def test_chunks_take_what_decodes_leave():
     assert paced(None).prompt_tokens() == math.inf
 
 
+@pytest.mark.parametrize(("waiting", "tokens"), [(0, 20), (8, 60), (16, 100)])
+def test_those_who_wait_count_as_much_as_those_who_decode(waiting: int, tokens: int):
+    pace = paced(2.0)
+    assert pace.prompt_tokens(waiting) == pytest.approx(tokens, abs=1)
+    pace.issued(plan(decodes=1))
+    assert pace.prompt_tokens(waiting) == pytest.approx(20 + 40 * waiting, abs=1)
+
+
 def test_without_decodes_there_is_nobody_to_slow_down():
     pace = paced(2.0)
     pace.issued(plan(prompt=20, drawn=0))

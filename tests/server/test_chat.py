@@ -199,6 +199,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"tools": [], "tool_choice": "auto"},
     {"tool_choice": "none"},
     {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
+    {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"},
     {"response_format": {"type": "text"}},
     {"user": "u", "metadata": {}, "store": True, "service_tier": "auto", "parallel_tool_calls": False},
     {"reasoning_effort": "low", "made_up": [1]},
@@ -217,7 +218,6 @@ async def test_accepted(client: Any, values: dict[str, Any]) -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function"}]}, "tools"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
     ({"tool_choice": "sometimes"}, "tool_choice"),
