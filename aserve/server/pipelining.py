@@ -151,6 +151,10 @@ class ReadingH11Protocol(H11Protocol):
             self._stop_clock()
             self._forget()
             self._linger(LINGER_SECONDS)
+            if (
+                self._watcher is None
+            ):  # no request has come, and the server would wait for one as long as ever
+                await self.to_server(Updated(idle=False))
             await super().handle(event)
             return
         if self._paused:

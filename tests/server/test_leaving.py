@@ -185,6 +185,20 @@ async def test_leaving_between_two_pipelined_requests() -> None:
     protocol._over(None)
 
 
+@pytest.mark.parametrize("sent", ["", "POST /v1/compl", "POST /v1/completions HTTP/1.1\r\nHost: h\r\n"])
+async def test_leaving_before_the_first_request_leaves_nothing(sent: str) -> None:
+    stop = asyncio.Event()
+    task, port = await served(make_app(FakeEngine()), stop, keep_alive_timeout=600.0)
+    await asyncio.sleep(0.05)
+    before = asyncio.all_tasks()
+    sock = await connect(port, sent)
+    await until(lambda: len(asyncio.all_tasks()) > len(before))
+    sock.close()
+    await until(lambda: asyncio.all_tasks() <= before)
+    stop.set()
+    await asyncio.wait_for(task, 10)
+
+
 # ---------------------------------------------------------------- the table, and what comes ahead
 
 
