@@ -9,11 +9,12 @@ import os
 import re
 import secrets
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quart import current_app, g, request
 
 from aserve.errors import AserveError, EngineBusyError, EngineDeadError, InvalidRequestError
+from aserve.server.bodies import BodyReader, Limits
 from aserve.server.direct import Courier
 from aserve.server.killable import KillableThreads
 from aserve.server.openai.tools.plan import check_at_start
@@ -79,10 +80,12 @@ class Service:
         self.load_error: BaseException | None = None
         self.draining: str | None = None
         self.courier = Courier()
+        self.bodies = BodyReader()
         self._renderers = KillableThreads("aserve-render", MOST_RENDERERS)
         self._template_ends = False
         self._warm = False
         self._loading: asyncio.Task[None] | None = None
+        self._warming: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
         self._unknown_fields: set[str] = set()
 
@@ -95,6 +98,8 @@ class Service:
         """
         self.engine = engine
         self._warm = warm
+        if warm:
+            self._warming = asyncio.create_task(self.bodies.warm(), name="start reader of large bodies")
         engine.on_dead = self._engine_died
         self._loading = asyncio.create_task(self._load(engine), name="load engine")
         self._loading.add_done_callback(self._loaded)
@@ -144,6 +149,9 @@ class Service:
         if self._loading is not None and not self._loading.done():
             self._loading.cancel()
             await asyncio.wait([self._loading])
+        if self._warming is not None:
+            await self._warming
+        self.bodies.close()
         if self.engine is not None:
             await self.engine.stop()
         if self.traces is not None:
@@ -199,6 +207,14 @@ class Service:
         """Adds an answer to the metrics, which begin when the model is loaded."""
         if self.loaded and self.engine is not None and self.engine.stats is not None:
             self.engine.stats.on_http_error(status)
+
+    # ---------------------------------------------------------------- large bodies
+
+    async def read_large(self, data: bytes, limits: Limits) -> dict[str, Any]:
+        """The fields of a body that is not to be parsed in the event loop; see BodyReader.read."""
+        engine = self.engine if self.loaded else None
+        longest = None if engine is None else engine.model_config.max_model_len
+        return await self.bodies.read(data, limits, longest)
 
     # ---------------------------------------------------------------- chat templates
 
