@@ -34,7 +34,7 @@ INLINE_BYTES = 64 << 10
 INLINE_VALUES = 5000
 """So is one up to these two."""
 
-READ_SECONDS = 5.0
+READ_SECONDS = 10.0
 """Seconds the process may take for one body."""
 
 MOST_WAITING = 64

@@ -109,6 +109,9 @@ class Service:
         if self._traced_by is not None and engine.engine is not None:
             self.traces = self._traced_by(engine.model_config.served_model_name[0])
             engine.engine.output.tracer = self.traces
+        if self._warm and engine.engine is not None:
+            # Reads the vocabulary once, which would hold up every stream at the first very long text.
+            await asyncio.to_thread(engine.engine.input.check_fits, "")
         check_at_start(
             await engine.get_tokenizer(),
             self.chat_template,
