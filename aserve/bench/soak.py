@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
 import re
 import signal
+import statistics
 import sys
 import time
 from collections import Counter
@@ -42,6 +44,8 @@ and the largest of a long quiet run would come when chance wants it."""
 
 NOISE_MB = 8.0
 """Growth of memory that a short run may show: arenas of the allocator, and caches that fill."""
+
+_SLOPE_SAMPLES = 500
 
 _SERIES = re.compile(r"^([a-z:_]+)(?:\{([^}]*)\})? (\S+)$", re.MULTILINE)
 
@@ -260,8 +264,8 @@ class Traffic:
         self.counts[kind] += 1
         if status not in EXPECTED.get(kind, {200}):
             self.surprises[f"{kind}: status {status}"] += 1
-        elif status == 200 and b'"error"' in body:
-            self.surprises[f"{kind}: error event"] += 1
+        elif status == 200 and (at := body.find(b'"error"')) >= 0:
+            self.surprises[f"{kind}: error event {body[at : at + 300].decode(errors='replace')}"] += 1
 
     async def until(self, ends: float, most: int | None) -> None:
         """One client: requests one after the other until the time or the number is reached."""
@@ -273,14 +277,18 @@ class Traffic:
 
 
 def slope(samples: Sequence[Sample], name: str) -> float:
-    """Growth an hour, by least squares."""
-    times = [sample.seconds / 3600 for sample in samples]
-    values = [float(getattr(sample, name)) for sample in samples]
-    mean_time, mean = sum(times) / len(times), sum(values) / len(values)
-    spread = sum((t - mean_time) ** 2 for t in times)
-    if not spread:
-        return 0.0
-    return sum((t - mean_time) * (v - mean) for t, v in zip(times, values, strict=True)) / spread
+    """Growth an hour: the median of the slopes between any two samples (Sen 1968).
+
+    A leak goes on, and every slope shows it. An allocator's heap grows in steps, when a large block finds no
+    gap wide enough; one step does not move the median, a staircase of them does.
+    """
+    some = samples[:: -(-len(samples) // _SLOPE_SAMPLES)]
+    slopes = [
+        (getattr(late, name) - getattr(early, name)) / (late.seconds - early.seconds) * 3600
+        for early, late in itertools.combinations(some, 2)
+        if late.seconds > early.seconds
+    ]
+    return statistics.median(slopes) if slopes else 0.0
 
 
 def verdict(samples: Sequence[Sample], idle: tuple[Sample, Sample], most_slope: float) -> list[str]:
@@ -353,6 +361,10 @@ def report(args: argparse.Namespace, load: Traffic, samples: Sequence[Sample], w
         before, after = getattr(first, name), getattr(last, name)
         highest = max(getattr(sample, name) for sample in samples)
         print(f"{name:8} {before:8.1f} before {after:8.1f} after {highest:8.1f} at most")
+    late = [sample for sample in samples[1:-1] if sample.seconds >= WARM_UP * last.seconds]
+    if late:
+        grown, rate = late[-1].rss_mb - late[0].rss_mb, slope(late, "rss_mb")
+        print(f"after the warm-up memory grew by {grown:.1f} MB, at a slope of {rate:.2f} MB an hour")
     for line in wrong:
         print(f"WRONG: {line}")
     if args.output:

@@ -37,6 +37,13 @@ def test_growth_while_it_warms_up_is_no_leak() -> None:
     assert verdict(samples, IDLE, 1.0) == []
 
 
+def test_one_step_of_the_heap_is_no_leak_but_a_staircase_is() -> None:
+    step = [sample(s, rss_mb=500 + 20 * (s > 1000)) for s in range(0, 1800, 5)]
+    assert verdict(step, IDLE, 1.0) == []
+    stairs = [sample(s, rss_mb=500 + 10 * (s // 200)) for s in range(0, 1800, 5)]
+    assert verdict(stairs, IDLE, 1.0) != []
+
+
 def test_what_is_left_behind_is_seen() -> None:
     after = sample(1900, files=40, threads=30, tasks=50, unfinished=2)
     wrong = verdict(run(0.0), (IDLE[0], after), 1.0)
