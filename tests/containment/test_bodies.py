@@ -151,7 +151,7 @@ async def test_a_field_that_is_too_long_is_named(watched: Watched, number: int) 
 
 async def test_large_bodies_that_are_meant_are_served() -> None:
     """Each by the same process, and with the same outcome as if it had been parsed in the loop."""
-    texts = [f"text {i}, with a comma" for i in range(2048)]
+    texts = [f"text {i}, of which there are many, with commas" for i in range(2048)]
     lists = [[i % 200, 1, 2] for i in range(2048)]
     turns = [{"role": "user", "content": "a, b"}, {"role": "assistant", "content": "c"}] * 2000
     escaped = 'é "quoted", \\ and \n' * 5000
