@@ -94,12 +94,10 @@ class Service:
     def start(self, engine: AsyncLLMEngine, *, warm: bool = False) -> None:
         """Begins to load ``engine``; the port can open meanwhile.
 
-        warm: once it is ready, it also prepares for guided requests.
+        warm: once it is ready, it also prepares for guided requests and large bodies.
         """
         self.engine = engine
         self._warm = warm
-        if warm:
-            self._warming = asyncio.create_task(self.bodies.warm(), name="start reader of large bodies")
         engine.on_dead = self._engine_died
         self._loading = asyncio.create_task(self._load(engine), name="load engine")
         self._loading.add_done_callback(self._loaded)
@@ -129,6 +127,7 @@ class Service:
                 self.on_loaded()
             if self._warm and self.engine is not None:
                 self.engine.warm_guides()
+                self._warming = asyncio.create_task(self.bodies.warm(), name="start reader of large bodies")
             return
         if isinstance(self.load_error, AserveError):
             logger.error("the model could not be loaded: %s", self.load_error)
