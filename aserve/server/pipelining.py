@@ -84,6 +84,7 @@ class ReadingH11Protocol(H11Protocol):
         self._idle: asyncio.TimerHandle | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._cut: asyncio.TimerHandle | None = None
+        self._ended = False
         self.to_server = self.send
         self.send = self._pass_on
 
@@ -145,10 +146,15 @@ class ReadingH11Protocol(H11Protocol):
 
     async def handle(self, event: Event) -> None:
         if not isinstance(event, RawData):
+            self._ended = True
             table.remove(self)
             self._stop_clock()
             self._forget()
             self._linger(LINGER_SECONDS)
+            if (
+                self._watcher is None
+            ):  # no request has come, and the server would wait for one as long as ever
+                await self.to_server(Updated(idle=False))
             await super().handle(event)
             return
         if self._paused:
@@ -216,6 +222,8 @@ class ReadingH11Protocol(H11Protocol):
         await super()._send_error_response(status_code)
 
     async def _create_stream(self, request: h11.Request) -> None:
+        if self._ended:  # what was buffered is taken up just when the client leaves: nobody would tell it
+            return
         table.busy(self)
         self._stop_clock()
         if any(name == b"upgrade" for name, _ in request.headers):  # of which a WebSocket may come

@@ -11,7 +11,9 @@ from typing import Any
 import orjson
 import pytest
 from hypercorn.asyncio import serve
+from hypercorn.asyncio.worker_context import WorkerContext
 from hypercorn.config import Config
+from hypercorn.events import Closed, RawData
 from hypercorn.protocol.events import Body, EndBody, Request, StreamClosed
 from quart import Quart, Response
 
@@ -148,6 +150,53 @@ async def test_clients_that_do_not_read_do_not_hold_up_the_end() -> None:
     await asyncio.wait_for(task, 10)
     for sock in socks:
         sock.close()
+
+
+async def test_leaving_between_two_pipelined_requests() -> None:
+    """The first is answered, the second not yet looked at: nobody may begin it any more."""
+    begun = 0
+
+    async def app(scope: Any, receive: Any, send: Any, *_: Any) -> None:
+        nonlocal begun
+        begun += 1
+        while (await receive()).get("more_body"):
+            pass
+        await go.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def to_server(event: Any) -> None:
+        pass
+
+    go, spawner = asyncio.Event(), Spawner()
+    protocol = ReadingH11Protocol(
+        app, Config(), WorkerContext(None), spawner, {}, False, ("c", 1), ("s", 2), to_server
+    )  # type: ignore[arg-type]
+    await protocol.handle(RawData(2 * b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n\r\nx"))
+    assert protocol._paused
+    go.set()
+    while protocol._paused:  # noqa: ASYNC110 - every turn of the loop counts
+        await asyncio.sleep(0)
+    await protocol.handle(Closed())
+    await asyncio.wait_for(asyncio.wait(spawner.tasks), 5)
+    assert len(spawner.tasks) == 2  # the first request, and what took up the second
+    assert begun == 1
+    assert protocol.stream is None and protocol not in list(table)
+    protocol._over(None)
+
+
+@pytest.mark.parametrize("sent", ["", "POST /v1/compl", "POST /v1/completions HTTP/1.1\r\nHost: h\r\n"])
+async def test_leaving_before_the_first_request_leaves_nothing(sent: str) -> None:
+    stop = asyncio.Event()
+    task, port = await served(make_app(FakeEngine()), stop, keep_alive_timeout=600.0)
+    await asyncio.sleep(0.05)
+    before = asyncio.all_tasks()
+    sock = await connect(port, sent)
+    await until(lambda: len(asyncio.all_tasks()) > len(before))
+    sock.close()
+    await until(lambda: asyncio.all_tasks() <= before)
+    stop.set()
+    await asyncio.wait_for(task, 10)
 
 
 # ---------------------------------------------------------------- the table, and what comes ahead
