@@ -264,8 +264,8 @@ class Traffic:
         self.counts[kind] += 1
         if status not in EXPECTED.get(kind, {200}):
             self.surprises[f"{kind}: status {status}"] += 1
-        elif status == 200 and b'"error"' in body:
-            self.surprises[f"{kind}: error event"] += 1
+        elif status == 200 and (at := body.find(b'{"error"')) >= 0:
+            self.surprises[f"{kind}: error event {body[at : at + 300].decode(errors='replace')}"] += 1
 
     async def until(self, ends: float, most: int | None) -> None:
         """One client: requests one after the other until the time or the number is reached."""

@@ -27,6 +27,9 @@ _MASK64 = (1 << 64) - 1
 _USUAL_PIECE = 16
 """Characters of text per token of the context that no text is questioned about."""
 
+_LONG_TEXT = 4096
+"""Characters from which others are let run while a text is tokenised."""
+
 _POOLED = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
 """Stands in for the sampling parameters of a request that is not sampled."""
 
@@ -104,6 +107,10 @@ class InputProcessor:
                 if ids is not None:
                     return ids
             backend = self.tokenizer.backend_tokenizer
+            if len(text) > _LONG_TEXT:
+                # encode() would hold the GIL to its end: a hundred milliseconds for a long prompt.
+                (found,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+                return list(found.ids)
             return list(backend.encode(text, add_special_tokens=add_special_tokens).ids)
         with self._lock:
             return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from itertools import accumulate
 from typing import Any
 
 from aserve.messages.params import GuidedParams
@@ -43,21 +45,15 @@ def check(guided: GuidedParams) -> None:
             raise guided.refusal("json", "must be a JSON schema: an object")
 
 
+_ESCAPED = re.compile(r"\\.?", re.DOTALL)
+_QUOTED = re.compile(r'"[^"]*"?')
+_NO_BRACKET = re.compile(r"[^][(){}]+")
+_STEPS = dict.fromkeys("([{", 1) | dict.fromkeys(")]}", -1)
+
+
 def _depth(text: str, *, in_json: bool) -> int:
-    deepest = depth = 0
-    quoted = escaped = False
-    for character in text:
-        if escaped:
-            escaped = False
-        elif character == "\\":
-            escaped = True
-        elif in_json and character == '"':
-            quoted = not quoted
-        elif quoted:
-            continue
-        elif character in "([{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in ")]}":
-            depth -= 1
-    return deepest
+    """How deep brackets are within each other. In the event loop, so not a loop over a long text."""
+    text = _ESCAPED.sub("", text)
+    if in_json:
+        text = _QUOTED.sub("", text)
+    return max(accumulate(map(_STEPS.__getitem__, _NO_BRACKET.sub("", text))), default=0)

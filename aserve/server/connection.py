@@ -31,6 +31,9 @@ PING_SECONDS = 15.0
 SEND_TIMEOUT = 30.0
 """Seconds one event may wait for a client that does not read before its request is aborted."""
 
+CANCEL_SECONDS = 0.05
+"""Seconds between two attempts to end the handler of a client that has left."""
+
 _SLASHES = re.compile(r"/{2,}")
 
 
@@ -236,24 +239,35 @@ class Connection(ASGIHTTPConnection):
     async def _handle_here(self, exchange: Exchange, request: Request, send: ASGISendCallable) -> None:
         """Handles a request whose messages come as calls."""
         task = cast("asyncio.Task[None]", asyncio.current_task())
-        gone = False
+        loop = asyncio.get_running_loop()
+        cancelled = 0
 
         def take(message: Any) -> None:
-            nonlocal gone
             if message["type"] == "http.request":
                 request.body.append(message["body"])
                 if not message["more_body"]:
                     request.body.set_complete()
-            elif not (gone or done or exchange.answered):
-                gone = True
+            elif not (cancelled or exchange.answered):
+                leave()
+
+        def leave() -> None:
+            # More than once: before Python 3.12 `asyncio.wait_for` loses a cancellation that comes together
+            # with what is waited for, such as the end of the body.
+            nonlocal cancelled
+            if not done:
+                cancelled += 1
                 task.cancel()
+                loop.call_later(CANCEL_SECONDS, leave)
 
         done = False
         exchange.hand_to(take)
         try:
             await self.handle_request(request, send)
         except asyncio.CancelledError:
-            if not gone or task.uncancel():
+            others = task.cancelling()
+            for _ in range(cancelled):
+                others = task.uncancel()
+            if others or not cancelled:
                 raise
         finally:
             done = True

@@ -24,7 +24,7 @@ from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
 from aserve.server.exchange import Exchange
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from hypercorn.events import Event
 
@@ -36,6 +36,9 @@ ENOUGH = 32 * 1024
 
 MAX_PIPELINED = 256 * 1024
 """Bytes a client may send ahead of the answer it waits for; more closes the connection."""
+
+LINGER_SECONDS = 30.0
+"""Seconds the last bytes of a connection that is to be closed may take to leave for a client that is slow."""
 
 
 class _Paused(Exception):
@@ -80,12 +83,27 @@ class ReadingH11Protocol(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._idle: asyncio.TimerHandle | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._cut: asyncio.TimerHandle | None = None
+        self._ended = False
         self.to_server = self.send
         self.send = self._pass_on
 
     async def initiate(self) -> None:
         table.add(self)
+        task = asyncio.current_task()
+        if task is not None:  # the connection's own
+            task.add_done_callback(self._over)
         await super().initiate()
+
+    def _over(self, _: object) -> None:
+        """The connection has ended, one way or another."""
+        table.remove(self)
+        self._stop_clock()
+        self._forget()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._cut is not None:
+            self._cut.cancel()
 
     async def _pass_on(self, event: Event) -> None:
         """Hands an event to the server, which need not hear of every request's begin and end.
@@ -93,6 +111,8 @@ class ReadingH11Protocol(H11Protocol):
         It makes a task for the time a connection may be idle, and stops it again, each time.
         """
         if not isinstance(event, Updated):
+            if isinstance(event, Closed):
+                self._linger(LINGER_SECONDS)
             await self.to_server(event)
         elif event.idle:
             keep = self.config.keep_alive_timeout
@@ -105,16 +125,36 @@ class ReadingH11Protocol(H11Protocol):
             self._watcher = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
-        """Ends the connection with the server, unless a request is being answered on it."""
+        """Ends the connection with the server, at once unless a request is being answered on it."""
         await self.context.terminated.wait()
         if self._idle is not None:
             await self._drop()
+        else:
+            self._linger(self.config.graceful_timeout, whatever=True)
+
+    def _linger(self, seconds: float, *, whatever: bool = False) -> None:
+        """Cuts the connection in so many seconds if it has something to send, or ``whatever`` it has.
+
+        Closing it waits until everything is sent, which is for ever where the client does not read.
+        """
+        transport = self.transport
+        if transport is None or not (whatever or transport.get_write_buffer_size()):
+            return
+        if self._cut is not None:
+            self._cut.cancel()
+        self._cut = asyncio.get_running_loop().call_later(seconds, transport.abort)
 
     async def handle(self, event: Event) -> None:
         if not isinstance(event, RawData):
+            self._ended = True
             table.remove(self)
             self._stop_clock()
             self._forget()
+            self._linger(LINGER_SECONDS)
+            if (
+                self._watcher is None
+            ):  # no request has come, and the server would wait for one as long as ever
+                await self.to_server(Updated(idle=False))
             await super().handle(event)
             return
         if self._paused:
@@ -140,7 +180,8 @@ class ReadingH11Protocol(H11Protocol):
                 await super()._handle_events()
             except _Paused:
                 self._paused = True
-                self._buffered = 0
+                # What is there already counts as well: a client might send as much ahead of every answer.
+                self._buffered = len(self.connection.trailing_data[0])
             except h11.RemoteProtocolError as error:
                 await self._send_error_response(error.error_status_hint)
                 await self.send(Closed())
@@ -161,12 +202,10 @@ class ReadingH11Protocol(H11Protocol):
             self._deadline = None
 
     def _forget(self) -> None:
-        """Stops whatever waits for an end that has come."""
+        """Stops waiting for a further request."""
         if self._idle is not None:
             self._idle.cancel()
             self._idle = None
-        if self._watcher is not None and self._watcher is not asyncio.current_task():
-            self._watcher.cancel()
 
     def drop(self) -> None:
         """Closes the connection, on which no request is being answered."""
@@ -183,7 +222,10 @@ class ReadingH11Protocol(H11Protocol):
         await super()._send_error_response(status_code)
 
     async def _create_stream(self, request: h11.Request) -> None:
+        if self._ended:  # what was buffered is taken up just when the client leaves: nobody would tell it
+            return
         table.busy(self)
+        self._stop_clock()
         if any(name == b"upgrade" for name, _ in request.headers):  # of which a WebSocket may come
             await super()._create_stream(request)
             return
@@ -257,6 +299,9 @@ class ConnectionTable:
 
     def __len__(self) -> int:
         return len(self._idle) + len(self._busy)
+
+    def __iter__(self) -> Iterator[ReadingH11Protocol]:
+        return iter((*self._idle, *self._busy))
 
     def add(self, connection: ReadingH11Protocol) -> None:
         if len(self) >= self.most:

@@ -9,11 +9,12 @@ import os
 import re
 import secrets
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quart import current_app, g, request
 
 from aserve.errors import AserveError, EngineBusyError, EngineDeadError, InvalidRequestError
+from aserve.server.bodies import BodyReader, Limits
 from aserve.server.direct import Courier
 from aserve.server.killable import KillableThreads
 from aserve.server.openai.tools.plan import check_at_start
@@ -79,10 +80,12 @@ class Service:
         self.load_error: BaseException | None = None
         self.draining: str | None = None
         self.courier = Courier()
+        self.bodies = BodyReader()
         self._renderers = KillableThreads("aserve-render", MOST_RENDERERS)
         self._template_ends = False
         self._warm = False
         self._loading: asyncio.Task[None] | None = None
+        self._warming: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
         self._unknown_fields: set[str] = set()
 
@@ -91,7 +94,7 @@ class Service:
     def start(self, engine: AsyncLLMEngine, *, warm: bool = False) -> None:
         """Begins to load ``engine``; the port can open meanwhile.
 
-        warm: once it is ready, it also prepares for guided requests.
+        warm: once it is ready, it also prepares for guided requests and large bodies.
         """
         self.engine = engine
         self._warm = warm
@@ -104,6 +107,9 @@ class Service:
         if self._traced_by is not None and engine.engine is not None:
             self.traces = self._traced_by(engine.model_config.served_model_name[0])
             engine.engine.output.tracer = self.traces
+        if self._warm and engine.engine is not None:
+            # Reads the vocabulary once, which would hold up every stream at the first very long text.
+            await asyncio.to_thread(engine.engine.input.check_fits, "")
         check_at_start(
             await engine.get_tokenizer(),
             self.chat_template,
@@ -121,6 +127,7 @@ class Service:
                 self.on_loaded()
             if self._warm and self.engine is not None:
                 self.engine.warm_guides()
+                self._warming = asyncio.create_task(self.bodies.warm(), name="start reader of large bodies")
             return
         if isinstance(self.load_error, AserveError):
             logger.error("the model could not be loaded: %s", self.load_error)
@@ -144,6 +151,9 @@ class Service:
         if self._loading is not None and not self._loading.done():
             self._loading.cancel()
             await asyncio.wait([self._loading])
+        if self._warming is not None:
+            await self._warming
+        self.bodies.close()
         if self.engine is not None:
             await self.engine.stop()
         if self.traces is not None:
@@ -199,6 +209,14 @@ class Service:
         """Adds an answer to the metrics, which begin when the model is loaded."""
         if self.loaded and self.engine is not None and self.engine.stats is not None:
             self.engine.stats.on_http_error(status)
+
+    # ---------------------------------------------------------------- large bodies
+
+    async def read_large(self, data: bytes, limits: Limits) -> dict[str, Any]:
+        """The fields of a body that is not to be parsed in the event loop; see BodyReader.read."""
+        engine = self.engine if self.loaded else None
+        longest = None if engine is None else engine.model_config.max_model_len
+        return await self.bodies.read(data, limits, longest)
 
     # ---------------------------------------------------------------- chat templates
 

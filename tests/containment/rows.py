@@ -23,6 +23,7 @@ ROWS: dict[str, Row] = {
         f"{_CONNECTION}::test_leaving_before_the_first_token", f"{_CONNECTION}::test_leaving_midway",
         f"{_CONNECTION}::test_leaving_while_tokenising_submits_nothing",
         f"{_CONNECTION}::test_leaving_a_real_server", f"{_CONNECTION}::test_a_crowd_that_leaves",
+        "server/test_leaving.py::test_leaving_with_the_end_of_the_body",
         "server/test_responses.py::test_leaving_a_stream_aborts",
         "server/test_messages.py::test_leaving_a_stream_aborts",
         "engine/test_aborts.py::test_a_thousand_aborts",

@@ -204,6 +204,28 @@ async def test_killable_threads() -> None:
     await until(lambda: threads.running == 0)
 
 
+async def test_killable_threads_are_judged_by_what_they_compute() -> None:
+    threads = KillableThreads("killable", 1)
+
+    def wait() -> str:
+        time.sleep(0.3)
+        return "waited"
+
+    def compute() -> None:
+        while True:
+            pass
+
+    assert await threads.run(wait, 0.05) == "waited", "as on a machine that gives it no time"
+    with pytest.raises(TimeoutError):
+        await threads.run(compute, 0.05)
+    await until(lambda: threads.running == 0)
+    go_on = threading.Event()
+    with pytest.raises(TimeoutError):
+        await threads.run(lambda: go_on.wait(10), 0.05)
+    go_on.set()
+    await until(lambda: threads.running == 0)
+
+
 async def test_a_bounded_pool() -> None:
     """R29: what does not fit is refused before any work; what is done makes room."""
     pool = BoundedPool("bounded", workers=1, most=3)

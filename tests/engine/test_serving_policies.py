@@ -259,10 +259,10 @@ async def test_a_new_request_interrupts(make_async):
 def test_steps_are_as_many_as_fit_the_time(make_engine):
     engine = make_engine(max_steps=16)
     assert engine._steps_at_once() == (16, 0.1)
-    engine._pace._decode_seconds = 0.02
+    engine._pace._step_seconds = 0.02
     assert engine._steps_at_once() == (5, 0.1)
     engine.add_request("a", "hello", params())  # whoever steps an engine sees each output
     for seconds, steps in ((0.0005, 16), (0.004, 4), (0.009, 1), (0.5, 1)):
-        engine._pace._decode_seconds = seconds
+        engine._pace._step_seconds = seconds
         assert engine._steps_at_once() == (steps, 0.016)
     assert make_engine()._steps_at_once() == (1, math.inf)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import time
 from contextlib import closing
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import orjson
@@ -17,13 +17,16 @@ from aserve.messages.inputs import OutputKind, PoolingParams, RequestOptions
 from aserve.messages.outputs import EmbeddingRequestOutput
 from aserve.server.openai import generation, prompts
 from aserve.server.openai.models import served_model
-from aserve.server.openai.protocol import Body, Bool, Float, Int, PositiveInt, read
+from aserve.server.openai.protocol import MAX_PROMPTS, Body, Bool, Float, Int, PositiveInt, read
 from aserve.server.service import log_client_id, new_id, service
 
 blueprint = Blueprint("embeddings", __name__)
 
 
 class EmbeddingBody(Body):
+    most: ClassVar[dict[str, int]] = {"input": MAX_PROMPTS}
+    ids = "input"
+
     model: str
     input: Any
     encoding_format: Literal["float", "base64"] = "float"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from aserve.errors import InvalidRequestError
-from aserve.server.openai.protocol import check_token_ids
+from aserve.server.openai.protocol import MAX_PROMPTS, check_token_ids
 
 if TYPE_CHECKING:
     from aserve.engine.async_engine import AsyncLLMEngine
 
-MAX_PROMPTS = 2048
-"""Most prompts in one call."""
+TokenIds: TypeAlias = "list[int] | array[int]"
+"""Ids as they came: those of a large body are packed."""
 
 
 @dataclass
@@ -30,12 +31,12 @@ class Prompt:
         return {"prompt": self.text, "prompt_token_ids": self.ids}
 
 
-def split(prompt: Any, param: str = "prompt") -> list[str] | list[list[int]]:
+def split(prompt: Any, param: str = "prompt") -> list[str] | list[TokenIds]:
     """One entry per prompt, from any of the four forms: text, texts, ids, lists of ids.
 
     Raises InvalidRequestError for anything else and for empty prompts.
     """
-    if isinstance(prompt, str):
+    if isinstance(prompt, (str, array)):
         prompt = [prompt]
     if not isinstance(prompt, list):
         raise InvalidRequestError(
@@ -51,7 +52,9 @@ def split(prompt: Any, param: str = "prompt") -> list[str] | list[list[int]]:
     texts: list[str] = [item for item in prompt if isinstance(item, str)]
     if len(texts) == len(prompt):
         return texts
-    ids: list[list[int]] = [item for item in prompt if isinstance(item, list) and _all_ints(item)]
+    ids: list[TokenIds] = [
+        item for item in prompt if isinstance(item, array) or (isinstance(item, list) and _all_ints(item))
+    ]
     if len(ids) == len(prompt):
         return ids
     raise InvalidRequestError(
@@ -65,7 +68,7 @@ def _all_ints(items: list[Any]) -> bool:
 
 async def tokenise(
     engine: AsyncLLMEngine,
-    item: str | list[int],
+    item: str | TokenIds,
     *,
     add_special_tokens: bool,
     truncate: int | None,
@@ -77,7 +80,7 @@ async def tokenise(
         ids = await engine.encode_prompt(item, add_special_tokens)
         text: str | None = item
     else:
-        ids, text = item, None
+        ids, text = _unpacked(engine, item, truncate, param), None
     if truncate is not None and len(ids) > truncate:
         ids, text = ids[-truncate:], None
     if not ids:
@@ -89,11 +92,24 @@ async def tokenise(
     return Prompt(text, ids)
 
 
+def _unpacked(engine: AsyncLLMEngine, ids: TokenIds, truncate: int | None, param: str) -> list[int]:
+    if isinstance(ids, list):
+        return ids
+    if truncate is not None:
+        ids = ids[-truncate:]
+    longest = engine.model_config.max_model_len
+    if len(ids) > longest:
+        raise InvalidRequestError(
+            f"the model's context holds {longest} tokens and {param} has {len(ids)}", param=param
+        )
+    return ids.tolist()
+
+
 _CHARS_IN_A_ROW = 16_000
 
 
 async def tokenise_all(
-    engine: AsyncLLMEngine, items: list[str] | list[list[int]], **options: Any
+    engine: AsyncLLMEngine, items: list[str] | list[TokenIds], **options: Any
 ) -> list[Prompt]:
     """:func:`tokenise` for every prompt of a call, with pauses: thousands of short texts take seconds."""
     found = []

@@ -8,19 +8,35 @@ floats for integers; strings and booleans are not numbers. NaN and infinities ar
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar, get_args
+from functools import cache, cached_property
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
-import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 from quart import request
 from werkzeug.exceptions import UnsupportedMediaType
 
 from aserve.errors import InvalidRequestError
 from aserve.messages.inputs import RequestOptions
 from aserve.messages.params import GuidedParams, SamplingParams
+from aserve.server.bodies import Limits, is_large
+from aserve.server.body_child import parse
 from aserve.server.openai.guided import guided_params
 from aserve.server.service import service
 
+MAX_PROMPTS = 2048
+"""Most prompts in one call."""
+
+MAX_CHOICES = 4096
+MAX_TOOLS = 512
 MAX_STOP = 16
 MAX_STOP_LENGTH = 4096
 MAX_STOP_TOKENS = 256
@@ -51,6 +67,11 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
+    most: ClassVar[dict[str, int]] = {}
+    """Items of fields whose type does not tell."""
+    ids: ClassVar[str | None] = None
+    """The field that may be token ids or lists of them; those of a large body come as arrays."""
+
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, values: Any) -> Any:
@@ -79,6 +100,8 @@ class ResponseFormat(Body):
 
 class SamplingBody(Body):
     """Fields that completions and chat share."""
+
+    most = {"guided_choice": MAX_CHOICES}
 
     model: str
     max_tokens: Int | None = None
@@ -144,7 +167,7 @@ class SamplingBody(Body):
         check_token_ids(self.stop_token_ids or [], vocab_size, "stop_token_ids")
         if self.logit_bias:
             check_token_ids(self._bias_ids(), vocab_size, "logit_bias")
-        self.guided()
+        _ = self.guide  # which may be refused
 
     def options(self) -> RequestOptions:
         return RequestOptions(self.priority, self.timeout, self.cache_salt)
@@ -157,11 +180,15 @@ class SamplingBody(Body):
             "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "skip_special_tokens",
             "spaces_between_special_tokens", "logit_bias",
         )  # fmt: skip
-        values.setdefault("guided", self.guided())
+        values.setdefault("guided", self.guide)
         return SamplingParams(**{name: getattr(self, name) for name in names}, **values)
 
-    def guided(self) -> GuidedParams | None:
-        """What the output must look like; raises InvalidRequestError if that is asked for twice."""
+    @cached_property
+    def guide(self) -> GuidedParams | None:
+        """What the output must look like; raises InvalidRequestError if that is asked for twice.
+
+        Made once and not for every prompt: a schema has to be turned into text.
+        """
         return guided_params(self)
 
     def _bias_ids(self) -> list[int]:
@@ -172,6 +199,9 @@ class SamplingBody(Body):
 
 
 class CompletionBody(SamplingBody):
+    most = {**SamplingBody.most, "prompt": MAX_PROMPTS}
+    ids = "prompt"
+
     prompt: Any
     max_tokens: Int | None = 16
     logprobs: Annotated[int, BeforeValidator(_number), Field(ge=0)] | None = None
@@ -192,6 +222,8 @@ TemplateVariables = Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_VARI
 
 
 class ChatBody(SamplingBody):
+    most = {**SamplingBody.most, "tools": MAX_TOOLS}
+
     messages: Messages
     temperature: Float = 0.7
     max_completion_tokens: Int | None = None
@@ -265,13 +297,8 @@ async def read(kind: type[Parsed]) -> Parsed:
     """
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType
-    data = await request.get_data(as_text=False)
-    try:
-        values = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InvalidRequestError("the body must be a JSON object")
+    data: bytes = await request.get_data()  # type: ignore[assignment]
+    values = await service().read_large(data, limits_of(kind)) if is_large(data) else parse(data)
     try:
         body = kind.model_validate(values)
     except ValidationError as error:
@@ -285,6 +312,30 @@ async def read(kind: type[Parsed]) -> Parsed:
             )
         service().note_unknown_fields(unknown)
     return body
+
+
+@cache
+def limits_of(kind: type[Body]) -> Limits:
+    """What a body of this kind may hold, as its fields' types say."""
+    found = {field.alias or name: _most_items(field) for name, field in kind.model_fields.items()}
+    return Limits({**{name: most for name, most in found.items() if most is not None}, **kind.most}, kind.ids)
+
+
+def _most_items(field: FieldInfo) -> int | None:
+    """The ``max_length`` of a field that is, or may be, an array or an object."""
+    kinds = [(field.annotation, field.metadata)]
+    kinds += [(each.__origin__, each.__metadata__) for each in get_args(field.annotation) if _marked(each)]
+    for kind, marks in kinds:
+        if get_origin(kind) in (list, dict):
+            inner = [each for mark in marks if isinstance(mark, FieldInfo) for each in mark.metadata]
+            for mark in (*marks, *inner):
+                if (most := getattr(mark, "max_length", None)) is not None:
+                    return int(most)
+    return None
+
+
+def _marked(annotation: Any) -> bool:
+    return get_origin(annotation) is Annotated
 
 
 def unknown_fields(kind: type[Body], values: dict[str, Any]) -> set[str]:
