@@ -236,7 +236,7 @@ def test_a_worker_loads_no_web_server() -> None:
 def test_the_top_level_holds_nothing_else() -> None:
     packages = {"aserve", "cuda_ext", "tests", "load_tests", "examples"}
     files = {"pyproject.toml", "setup_ext.py", "README.md", "Makefile", "LICENSE"}
-    made = {"build", "dist", "aserve.egg-info"}
+    made = {"build", "dist", "aserve.egg-info", "__pycache__"}
     found = {path.name for path in PACKAGE.parent.iterdir() if not path.name.startswith(".")}
     assert packages | files <= found
     assert found <= packages | files | made
