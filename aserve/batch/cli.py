@@ -132,7 +132,7 @@ async def answer_all(
         strict_fields=batch.strict_fields,
         max_body_size=batch.max_line_size,
     )
-    app = create_app(engine_args, server, engine, on_fatal=lambda: None)
+    app = create_app(engine_args, server, engine, on_fatal=lambda: None, warm=False)
     await app.startup()
     try:
         await app.extensions["aserve"].ready_engine()

@@ -112,6 +112,7 @@ def create_app(
     *,
     on_fatal: Callable[[], None] | None = None,
     on_loaded: Callable[[], None] | None = None,
+    warm: bool = True,
 ) -> Quart:
     """Builds the application.
 
@@ -120,6 +121,7 @@ def create_app(
 
     on_fatal: called if the engine cannot be loaded; by default the process ends with status 1.
     on_loaded: called when it is loaded.
+    warm: it then also gets ready for guided requests and large bodies, if ``engine_args`` are given.
 
     Raises ConfigError for server settings that cannot work.
     """
@@ -149,10 +151,7 @@ def create_app(
 
     @app.while_serving
     async def own_engine() -> AsyncGenerator[None, None]:
-        if engine is not None:
-            shared.start(engine)
-        else:
-            shared.start(_make_engine(engine_args), warm=True)
+        shared.start(engine or _make_engine(engine_args), warm=warm and engine_args is not None)
         pipelining.refusals.append(shared.count_error)
         try:
             with _reloading(keys, server_args.api_key_file):

@@ -12,17 +12,19 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
 import pytest
 
+from aserve.args import AsyncEngineArgs
 from aserve.bench.hostile import INPUTS, Input
 from aserve.engine.input import InputProcessor
 from aserve.errors import EngineBusyError, InvalidRequestError
 from aserve.guided import limits as guide_limits
 from aserve.server import bodies
 from aserve.server.anthropic.body import MessagesBody
+from aserve.server.app import create_app
 from aserve.server.bodies import INLINE_BYTES, INLINE_VALUES, BodyReader, Limits, is_large
 from aserve.server.body_child import MAX_VALUES, count, limited
 from aserve.server.openai import protocol
@@ -31,7 +33,7 @@ from aserve.server.openai.protocol import MAX_CHOICES, ChatBody, CompletionBody,
 from aserve.server.openai.response_input import ResponseBody
 from aserve.server.openai.tokenization import DetokenizeBody
 from aserve.tokenizer.loader import load_tokenizer
-from tests.server.conftest import make_app, post, raw, running
+from tests.server.conftest import make_app, post, raw, running, server_args, until
 from tests.server.fake_engine import FakeEngine
 
 COMPLETION, CHAT, DETOKENIZE = limits_of(CompletionBody), limits_of(ChatBody), limits_of(DetokenizeBody)
@@ -222,6 +224,29 @@ async def test_the_process_is_ended_by_its_deadline_and_started_again(
     os.kill(second, signal.SIGKILL)  # type: ignore[arg-type]
     assert (await watched.ask("/v1/completions", large))[0] in (200, 400)  # whichever is noticed first
     assert (await watched.ask("/v1/completions", large))[0] == 200
+
+
+@pytest.mark.parametrize("warm", [True, False])
+async def test_the_server_is_ready_before_the_first_comes(warm: bool) -> None:
+    """Also where it is given its engine, as ``aserve serve`` does: the first guide stops every stream."""
+
+    class Warmed(FakeEngine):
+        warmed = 0
+        checked: ClassVar[list[str]] = []
+        engine = SimpleNamespace(input=SimpleNamespace(check_fits=checked.append))
+
+        def warm_guides(self) -> None:
+            self.warmed += 1
+
+    engine: Any = Warmed()
+    app = create_app(AsyncEngineArgs(model="fake"), server_args(), engine, warm=warm)
+    reader: BodyReader = app.extensions["aserve"].bodies
+    async with app.test_app():
+        await app.extensions["aserve"].ready_engine()
+        if warm:
+            await until(lambda: reader.pid is not None)
+        assert (reader.pid is not None, engine.warmed, len(engine.checked)) == (warm, warm, warm)
+    assert reader.pid is None
 
 
 async def test_large_bodies_that_wait_are_bounded() -> None:
