@@ -200,6 +200,7 @@ def q4_served(session: Session) -> dict[str, Any]:
     if own is None:
         raise RunnerError("aserve did not start")
     command = [sys.executable, "-m", "aserve", "serve", "smollm2", "--max-model-len", "2304"]
+    command += ["--no-enable-prefix-caching"]  # every round sends the same prompts
     with load.Server(command, session.out / "logs" / "aserve-server.log", session.environment) as server:
         systems = {
             "aserve offline": offline_run(own),

@@ -8,8 +8,9 @@ separate the two: ``cpu = per_request + length * per_token``. CPU time and not w
 same on a busy machine.
 
 The executor's own thread is counted apart; what it costs is the price of the fake. ``--parts`` adds where
-the time of the loop's thread goes, from a sampling of its stack by CPU time. ``--compute N`` makes a step
-of N matrix products on all of torch's threads and says what serving costs it, which needs a quiet machine.
+the time of the loop's thread goes, from a sampling of its stack by CPU time. ``--compute`` has every step
+compute a token of the packaged model for as many sequences as there are clients, and says what serving costs
+that step, which needs a quiet machine.
 """
 
 from __future__ import annotations
@@ -155,10 +156,9 @@ class Server:
 
     def __init__(self, args: argparse.Namespace) -> None:
         command = [sys.executable, "-m", "aserve.bench.frontend", "--role", "server"]
-        for name in ("model", "port", "clients", "step_ms", "compute"):
+        for name in ("model", "port", "clients", "step_ms"):
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        if args.parts:
-            command.append("--parts")
+        command += [f"--{name}" for name in ("parts", "compute") if getattr(args, name)]
         self._log: IO[bytes] = open(args.log, "wb") if args.log else open(os.devnull, "wb")  # noqa: SIM115
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
@@ -252,8 +252,8 @@ def report(args: argparse.Namespace, few: Figures, many: Figures) -> str:
     request = few.front - token * few.length
     if args.compute:
         return (
-            f"{args.clients} clients, {args.compute} products per step: {many.alone * 1e3:.2f} ms per step "
-            f"alone, {many.step * 1e3:.2f} ms while serving ({many.step / many.alone - 1:+.1%})"
+            f"a token for each of {args.clients} clients: {many.alone * 1e3:.2f} ms alone, "
+            f"{many.step * 1e3:.2f} ms while serving them ({many.step / many.alone - 1:+.1%})"
         )
     whole = [
         f"front-end CPU, {args.endpoint}, {args.clients} clients, {args.step_ms:g} ms per step: "
@@ -299,7 +299,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--long", type=int, default=132, help="output tokens of the long run")
     found.add_argument("--step-ms", type=float, default=0.0, help="how long each step takes")
     found.add_argument(
-        "--compute", type=int, default=0, help="matrix products per step: says what serving costs the step"
+        "--compute", action="store_true", help="compute real steps, and say what serving costs them"
     )
     found.add_argument("--port", type=int, default=8377)
     found.add_argument("--parts", action="store_true", help="say where the time goes")

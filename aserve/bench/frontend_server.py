@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from aserve.errors import ConfigError
 from aserve.executor.base import ExecutorBase
 from aserve.messages.step import CacheCapacity, StepPlan, StepResult
 
@@ -31,6 +32,9 @@ TEXT = (
 )
 
 SAMPLE_SECONDS = 0.002
+
+CONTEXT = 160
+"""Tokens before the one that ``--compute`` computes."""
 
 
 class InstantExecutor(ExecutorBase):
@@ -183,7 +187,8 @@ def serve(args: argparse.Namespace) -> int:
             raise TypeError("the executor is not the one that was asked for")
         executor.tokens = engine.engine.get_tokenizer().encode(TEXT, add_special_tokens=False)
         if args.compute:
-            executor.compute = _products(args.compute)
+            os.environ.setdefault("ASERVE_CPU_KVCACHE_SPACE", "1")
+            executor.compute = _decode_step(engine.engine.config, args.clients)
             executor.alone_seconds = min(_alone(executor) for _ in range(3))
             executor.computed_seconds, executor.computed_steps = 0.0, 0
         threading.Thread(target=_answer, args=(executor, sampler), daemon=True).start()
@@ -194,15 +199,27 @@ def serve(args: argparse.Namespace) -> int:
     return uvloop.run(main())
 
 
-def _products(count: int) -> Callable[[], object]:
-    """A step's work: ``count`` products of matrices, on as many threads as torch uses."""
+def _decode_step(config: EngineConfig, rows: int) -> Callable[[], object]:
+    """A step's work: the packaged model's next token of ``rows`` sequences, on the engine's threads."""
+    import numpy as np
     import torch
 
-    left, right = torch.randn(256, 512), torch.randn(512, 512)
+    from aserve.worker.worker import Worker
+
+    worker = Worker(config)
+    worker.start()
+    stack, batch = worker.model.greedy_stack, worker.batch
+    if stack is None:
+        raise ConfigError("--compute needs a model whose whole step is native, such as smollm2")
+    blocks = worker.caches[0][0].shape[0]
+    own = CONTEXT // config.cache.block_size + 1
+    for row in range(rows):
+        batch.block_tables[row, :own] = np.arange(row * own, (row + 1) * own) % blocks
+    all_rows, positions = list(range(rows)), [CONTEXT] * rows
 
     def work() -> None:
-        for _ in range(count):
-            torch.mm(left, right)
+        with torch.inference_mode():
+            stack.greedy(batch.tokens, batch.host_tables, all_rows, positions, worker.caches)
 
     return work
 
