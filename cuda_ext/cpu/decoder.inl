@@ -2,8 +2,8 @@
 //
 // Up to kAloneTokens tokens every member keeps the residual stream for itself and computes norms and
 // ready activations redundantly, so that a layer has five barriers. For more tokens rows are divided too,
-// at three barriers more. Columns are divided by groups; for many tokens in small parts that members draw,
-// so that one that loses its core for a while does not hold up the others.
+// at three barriers more. Columns are divided by groups; for many tokens in small parts, of which members take
+// each other's when their own are done (decoder_share.inl).
 //
 // Query and key heads are turned, and keys and values stored, by the member that computed them, before
 // the barrier. None of the divisions changes a result: each row of an output is computed whole, by
@@ -31,8 +31,9 @@
 #endif
 
 constexpr int64_t kAloneTokens = 3;
-constexpr int64_t kDrawTokens = 16;     // from so many on, parts are drawn
-constexpr int64_t kDrawParts = 8;       // a member
+constexpr int64_t kDrawTokens = 16;     // from so many on, members take each other's parts
+constexpr int64_t kDrawRows = 128;      // likewise of norms, which take as long as asking for a part
+constexpr int64_t kDrawParts = 8;       // of a member
 constexpr int64_t kPieceRows = 256;     // of the tokens that are multiplied at a time
 constexpr size_t kFetchWaiting = 128 << 10;  // bytes of weights that are fetched while waiting at a barrier
 constexpr int64_t kMlpFloats = 48 << 10;  // of such a block: it stays in the second-level cache
@@ -41,7 +42,12 @@ constexpr int64_t kMlpFloats = 48 << 10;  // of such a block: it stays in the se
 class DecoderWorker {
  public:
   DecoderWorker(DecoderCall& call, Member& member)
-      : call_(call), a_(*call.args), stack_(*call.args->stack), member_(member), memory_(call.shared) {
+      : call_(call),
+        a_(*call.args),
+        stack_(*call.args->stack),
+        member_(member),
+        memory_(call.shared),
+        sharing_(call.taken, member.index, member.count) {
     const DecoderSizes sizes = decoder_sizes(a_);
     Cutter cut = {call.members, call.member_bytes * static_cast<size_t>(member.index)};
     place(cut, sizes);
@@ -60,7 +66,7 @@ class DecoderWorker {
   void run() {
     for (int64_t i = 0; i < stack_.layers; i++) {
       const DecoderLayer& l = a_.layers[i];
-      if (!call_.draw) path_.look_ahead(a_, i, member_.index, member_.count);
+      path_.look_ahead(a_, i, member_.index, member_.count, call_.draw);
       const float* before = i > 0 ? a_.layers[i - 1].post_mlp_norm : nullptr;
       rows([&](int64_t t) {
         if (i == 0) {
@@ -128,42 +134,56 @@ class DecoderWorker {
 
   // A barrier. `last`: what has been read last, where what follows is known.
   void sync(Read last = kReads) {
-    // This counter was last used before the last barrier but one, and is not used before the next.
-    if (member_.index == 0) __atomic_store_n(&call_.counters[(phase_ + 2) % 4].next, 0, __ATOMIC_RELAXED);
     const Upcoming next = last == kReads ? kNothingUpcoming : *path_.after(last);
+    sharing_.end_phase();
     member_.sync(next.data, minimum(next.bytes, kFetchWaiting));
-    phase_++;
   }
 
-  // body(first, last) over parts of [0, count) that begin at multiples of `multiple`. A barrier follows.
+  // body(first, last) over parts of the rows. A barrier follows.
   template <typename F>
-  void share(int64_t count, int64_t multiple, const F& body) {
-    const auto part = [&](int64_t i, int64_t parts) {
-      const Part p = part_of(count, multiple, i, parts);
-      if (p.first < p.last) body(p.first, p.last);
-    };
-    if (!call_.draw) return part(member_.index, member_.count);
-    const int64_t parts = minimum(ceil_div(count, multiple), member_.count * kDrawParts);
-    int64_t& next = call_.counters[phase_ % 4].next;
-    for (int64_t i = draw(next); i < parts; i = draw(next)) part(i, parts);
-  }
-  static int64_t draw(int64_t& next) { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
-
-  // body(top, rows, first, last) over pieces of the rows, within each over parts of `groups` as share has them:
-  // a piece's activations stay in cache while members draw the parts of its weights. A barrier follows.
-  template <typename F>
-  void share_pieces(int64_t groups, int64_t multiple, const F& body) {
-    if (a_.tokens <= kPieceRows)
-      return share(groups, multiple, [&](int64_t first, int64_t last) { body(0, a_.tokens, first, last); });
-    const int64_t pieces = ceil_div(a_.tokens, kPieceRows);
-    const int64_t parts = minimum(ceil_div(groups, multiple), member_.count * kDrawParts);
-    int64_t& next = call_.counters[phase_ % 4].next;
-    for (int64_t i = draw(next); i < pieces * parts; i = draw(next)) {
-      const int64_t piece = i / parts, part = i % parts;
-      const int64_t top = a_.tokens * piece / pieces, end = a_.tokens * (piece + 1) / pieces;
-      const Part p = part_of(groups, multiple, part, parts);
-      if (p.first < p.last) body(top, end - top, p.first, p.last);
+  void share_rows(const F& body) {
+    if (a_.tokens < kDrawRows) {
+      const Part own = part_of(a_.tokens, 1, member_.index, member_.count);
+      if (own.first < own.last) body(own.first, own.last);
+    } else {
+      sharing_.over(a_.tokens, 4, kDrawParts, 1, [&](const Share& s) { body(s.first, s.last); });
     }
+  }
+
+  // body(top, rows, share) over pieces of the rows, within each over parts of `groups` that begin at multiples of
+  // `multiple`: a piece's activations stay in cache while the weights pass. A barrier follows.
+  template <typename F>
+  void share_groups(int64_t groups, int64_t multiple, const F& body) {
+    if (!call_.draw) {
+      const Part own = part_of(groups, multiple, member_.index, member_.count);
+      if (own.first < own.last) body(0, a_.tokens, Share{own.first, own.last, own.last, 0});
+      return;
+    }
+    const int64_t pieces = ceil_div(a_.tokens, kPieceRows);
+    sharing_.over(groups, multiple, kDrawParts, pieces, [&](const Share& s) {
+      const int64_t top = a_.tokens * s.piece / pieces;
+      body(top, a_.tokens * (s.piece + 1) / pieces - top, s);
+    });
+  }
+
+  // What is read after a part of a share: `then`, the rest of the share of w, and what the path has after `read`.
+  struct Ahead {
+    Upcoming list[5];
+    operator const Upcoming*() const { return list; }
+  };
+  Ahead ahead(const PackedWeight& w, const Share& share, Read read, Upcoming then = kNothingUpcoming) const {
+    const Upcoming* path = a_.tokens <= kPieceRows ? path_.after(read) : &kNothingUpcoming;
+    Ahead a = {};
+    int used = 0;
+    const auto append = [&](const Upcoming& next) {
+      if (next.bytes > 0) a.list[used++] = next;
+    };
+    append(then);
+    append(upcoming_groups(w, {share.last, share.end}));
+    append(path[0]);
+    if (path[0].bytes > 0) append(path[1]);
+    a.list[used] = kNothingUpcoming;
+    return a;
   }
 
   // body(t) over all rows for each member alone, or once over all, complete on return.
@@ -173,7 +193,7 @@ class DecoderWorker {
       for (int64_t t = 0; t < a_.tokens; t++) body(t);
       return;
     }
-    share(a_.tokens, call_.draw ? 4 : 1, [&](int64_t first, int64_t last) {
+    share_rows([&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; t++) body(t);
     });
     PROFILE(0)
@@ -217,33 +237,33 @@ class DecoderWorker {
 
   void product(const PackedWeight& w, const uint8_t* ready, Read read) {
     const size_t stride = ready_bytes(w.format, w.columns);
-    share_pieces(w.groups(), call_.draw ? 2 : 1, [&](int64_t top, int64_t rows, int64_t first, int64_t last) {
-      linear_multiply(w, ready + static_cast<size_t>(top) * stride, rows, first, last,
-                      call_.delta + top * call_.delta_stride, call_.delta_stride, scratch_, path_.after(read));
+    share_groups(w.groups(), product_multiple(call_.draw), [&](int64_t top, int64_t rows, const Share& s) {
+      linear_multiply(w, ready + static_cast<size_t>(top) * stride, rows, s.first, s.last,
+                      call_.delta + top * call_.delta_stride, call_.delta_stride, scratch_, ahead(w, s, read));
     });
   }
 
   // Queries, keys and values: turned and stored.
   void project(const DecoderLayer& l) {
     const int64_t head_groups = stack_.head_size / kGroup;
-    share_pieces(projected_groups(stack_), 1, [&](int64_t top, int64_t rows, int64_t begin, int64_t end) {
-      const ProjectParts parts = project_parts(stack_, {begin, end});
-      const auto groups = [&](const PackedWeight& w, Part part, Read read, float* out, const auto& then) {
+    share_groups(projected_groups(stack_), 1, [&](int64_t top, int64_t rows, const Share& s) {
+      const ProjectParts parts = project_parts(stack_, {s.first, s.last}), rest = project_parts(stack_, {s.first, s.end});
+      const auto groups = [&](const PackedWeight& w, Part part, Part all, Read read, float* out, const auto& then) {
         if (part.first >= part.last) return;
         const size_t stride = ready_bytes(w.format, w.columns);
         linear_multiply(w, hidden_for(w) + static_cast<size_t>(top) * stride, rows, part.first, part.last,
-                        out + top * w.rows, w.rows, scratch_, path_.after(read));
+                        out + top * w.rows, w.rows, scratch_, ahead(w, {part.first, part.last, all.last, 0}, read));
         then(part.first, part.last);
       };
-      groups(l.q, parts.q, kQ, call_.q, [&](int64_t from, int64_t to) {
+      groups(l.q, parts.q, rest.q, kQ, call_.q, [&](int64_t from, int64_t to) {
         turn_queries(l, top, top + rows, from / head_groups, to / head_groups);
       });
       with_type(stack_.cache_dtype, [&](auto element) {
         using T = typename Plain<decltype(element)>::type;
-        groups(l.k, parts.k, kK, call_.k, [&](int64_t from, int64_t to) {
+        groups(l.k, parts.k, rest.k, kK, call_.k, [&](int64_t from, int64_t to) {
           store_keys<T>(l, top, top + rows, from / head_groups, to / head_groups);
         });
-        groups(l.v, parts.v, kV, call_.v, [&](int64_t from, int64_t to) {
+        groups(l.v, parts.v, rest.v, kV, call_.v, [&](int64_t from, int64_t to) {
           store_values<T>(l, top, top + rows, from, to);
         });
       });
@@ -308,19 +328,18 @@ class DecoderWorker {
   void gate_and_up(const DecoderLayer& l) {
     const int64_t width = l.gate.rows, block_width = call_.gate_groups * kGroup;
     const size_t ready = ready_bytes(l.down.format, width);
-    share_pieces(l.gate.groups(), gate_multiple(l, call_.draw), [&](int64_t top, int64_t rows, int64_t first, int64_t last) {
+    share_groups(l.gate.groups(), gate_multiple(l, call_.draw), [&](int64_t top, int64_t rows, const Share& s) {
       float *gate = block_, *up = block_ + rows * block_width;
-      for (int64_t group = first; group < last; group += call_.gate_groups) {
-        const int64_t end = minimum(last, group + call_.gate_groups), column = group * kGroup;
-        // Of a share in several blocks, gate and up take turns.
-        const bool whole = group == first && end == last;
-        const auto multiply = [&](const PackedWeight& w, float* out, Read read) {
+      for (int64_t group = s.first; group < s.last; group += call_.gate_groups) {
+        const int64_t end = minimum(s.last, group + call_.gate_groups), column = group * kGroup;
+        const auto multiply = [&](const PackedWeight& w, float* out, const Upcoming& then) {
           // The kernel places a group at its own columns, hence the shifted start.
           linear_multiply(w, hidden_for(w) + static_cast<size_t>(top) * ready_bytes(w.format, w.columns), rows, group,
-                          end, out - column, block_width, scratch_, whole ? path_.after(read) : &kNothingUpcoming);
+                          end, out - column, block_width, scratch_, ahead(w, {group, end, s.end, 0}, kUp, then));
         };
-        multiply(l.gate, gate, kGate);
-        multiply(l.up, up, kUp);
+        // Block by block gate and up take turns.
+        multiply(l.gate, gate, upcoming_groups(l.up, {group, end}));
+        multiply(l.up, up, upcoming_groups(l.gate, {end, s.end}));
         const int64_t columns = minimum(end * kGroup, width) - column;
         for (int64_t i = 0; i < rows; i++) {
           float* product = gate + i * block_width;
@@ -342,7 +361,7 @@ class DecoderWorker {
       for (int64_t t = member_.index; t < a_.tokens; t += member_.count) row(t);
       return;
     }
-    share(a_.tokens, 1, [&](int64_t first, int64_t last) {
+    share_rows([&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; t++) row(t);
     });
   }
@@ -354,7 +373,7 @@ class DecoderWorker {
   DecoderMemory memory_;
   float *row_, *block_;
   uint8_t* scratch_;
-  int64_t phase_ = 0;
+  Sharing sharing_;
   ReadPath path_;
 #ifdef ASERVE_PROFILE
   uint64_t stamp_ = __builtin_ia32_rdtsc();
@@ -435,12 +454,14 @@ Status decoder(const DecoderArgs& a, int threads) {
       call.shared.x = a.out;
     }
     for (int i = 0; i < s.num_windows; i++) plans[i] = cut.bytes(plan_bytes[i]);
+    call.taken = reinterpret_cast<Taken*>(cut.bytes(Sharing::bytes(threads)));
     call.members = cut.bytes(call.member_bytes * static_cast<size_t>(threads));
     return cut.used;
   };
   uint8_t* memory = static_cast<uint8_t*>(thread_scratch(cut_all({nullptr, 0})));
   if (memory == nullptr) return Status::no_memory;
   cut_all({memory, 0});
+  __builtin_memset(call.taken, 0, Sharing::bytes(threads));
   for (int i = 0; i < s.num_windows; i++) {
     const Status status = attention_plan(shapes[i], threads, plans[i], &call.plans[i]);
     if (status != Status::ok) return status;

@@ -4,10 +4,6 @@
 constexpr int kLayouts = 2;
 constexpr int ready_layout(Format format) { return is_dense(format) ? 0 : 1; }
 
-struct DrawCounter {
-  alignas(64) int64_t next;
-};
-
 // Buffers of a call. Null ones are not used.
 struct DecoderMemory {
   uint8_t* ready_hidden[kLayouts];  // [tokens] rows of the residual stream, normed
@@ -26,7 +22,7 @@ struct DecoderCall {
   uint8_t* members;
   size_t member_bytes;
   AttentionPlan* plans[kMaxWindows];
-  DrawCounter counters[4];
+  Taken* taken;  // see Sharing
 };
 
 // The most that any layer needs.

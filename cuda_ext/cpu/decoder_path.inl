@@ -1,14 +1,5 @@
 // Which parts of a layer's weights a member multiplies, and the order in which it reads them. See decoder.inl.
 
-struct Part {
-  int64_t first, last;
-};
-// Part i of `parts` of [0, count), parts beginning at multiples of `multiple`.
-inline Part part_of(int64_t count, int64_t multiple, int64_t i, int64_t parts) {
-  const int64_t units = ceil_div(count, multiple);
-  return {minimum(count, units * i / parts * multiple), minimum(count, units * (i + 1) / parts * multiple)};
-}
-
 // The groups of queries, keys and values together.
 inline int64_t projected_groups(const DecoderStack& s) {
   return (s.q_heads + 2 * s.kv_heads) * (s.head_size / kGroup);
@@ -31,10 +22,19 @@ inline ProjectParts project_parts(const DecoderStack& s, Part part) {
 // What the groups of a part of gate and up are a multiple of: a block of a quantised down's input is not divided.
 inline int64_t gate_multiple(const DecoderLayer& l, bool draw) { return draw || !is_dense(l.down.format) ? 2 : 1; }
 
+inline int64_t product_multiple(bool draw) { return draw ? 2 : 1; }
+
+// Groups of a weight as what is read next.
+inline Upcoming upcoming_groups(const PackedWeight& w, Part part) {
+  if (part.first >= part.last) return kNothingUpcoming;
+  const size_t size = group_bytes(w.format, w.columns);
+  return {w.data + static_cast<size_t>(part.first) * size, static_cast<size_t>(part.last - part.first) * size, size};
+}
+
 // What a member reads of a layer, in this order.
 enum Read { kQ, kK, kV, kOut, kGate, kUp, kDown, kReads };
 
-// A member's parts of the weights of a layer and of what it reads after that, where parts are not drawn.
+// A member's own parts of the weights of a layer and of what it reads after that.
 class ReadPath {
  public:
   ReadPath() { path_[0] = kNothingUpcoming; }
@@ -42,7 +42,7 @@ class ReadPath {
   // What follows `read` of the layer last given to look_ahead; nothing if there was none.
   const Upcoming* after(Read read) const { return path_ + after_[read]; }
 
-  void look_ahead(const DecoderArgs& a, int64_t layer, int index, int count) {
+  void look_ahead(const DecoderArgs& a, int64_t layer, int index, int count, bool draw) {
     const DecoderStack& s = *a.stack;
     used_ = 0;
     const auto part = [&](const PackedWeight& w, int64_t multiple) {
@@ -60,13 +60,13 @@ class ReadPath {
       note(kK);
       append(l.v, parts.v);
       note(kV);
-      part(l.out, 1);
+      part(l.out, product_multiple(draw));
       note(kOut);
-      part(l.gate, gate_multiple(l, false));
+      part(l.gate, gate_multiple(l, draw));
       note(kGate);
-      part(l.up, gate_multiple(l, false));
+      part(l.up, gate_multiple(l, draw));
       note(kUp);
-      part(l.down, 1);
+      part(l.down, product_multiple(draw));
       note(kDown);
     }
     if (layer + 2 > s.layers && s.head.data != nullptr) part(s.head, 1);
@@ -75,9 +75,7 @@ class ReadPath {
 
  private:
   void append(const PackedWeight& w, Part part) {
-    if (part.first >= part.last) return;
-    const size_t size = group_bytes(w.format, w.columns), count = static_cast<size_t>(part.last - part.first);
-    path_[used_++] = {w.data + static_cast<size_t>(part.first) * size, count * size, size};
+    if (part.first < part.last) path_[used_++] = upcoming_groups(w, part);
   }
 
   Upcoming path_[2 * kReads + 2];

@@ -1,5 +1,5 @@
 // Drives the team of threads: team_hammer CHECK, exit status 0 where it holds. Built by test_team.py.
-//   sums | barriers | callers | nested | fork | names
+//   sums | barriers | callers | nested | fork | names | shares
 //   times COUNT: prints the nanoseconds of an empty region and of a barrier
 #include <sys/wait.h>
 #include <unistd.h>
@@ -19,6 +19,11 @@
 using aserve::Member;
 
 namespace {
+
+int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#include "../../cuda_ext/cpu/decoder_share.inl"
 
 void fail(const char* what) {
   std::fprintf(stderr, "%s\n", what);
@@ -120,6 +125,51 @@ void names() {
   });
 }
 
+// Every part of every piece is done once, whoever is late, and each member's own come in their order.
+void shares(int phases, int count) {
+  std::vector<Taken> taken(static_cast<size_t>(kSharePhases * count));
+  struct Phase {
+    int64_t items, multiple, most, pieces;
+  };
+  constexpr Phase kinds[] = {{0, 1, 8, 1}, {1, 1, 8, 1}, {7, 2, 8, 3}, {97, 2, 8, 1}, {60, 1, 8, 2}, {33, 4, 3, 1}};
+  std::vector<std::vector<std::atomic<int>>> done(static_cast<size_t>(phases));
+  for (int phase = 0; phase < phases; phase++) {
+    const Phase& k = kinds[phase % 6];
+    done[static_cast<size_t>(phase)] = std::vector<std::atomic<int>>(static_cast<size_t>(k.items * k.pieces));
+  }
+  std::atomic<long> stolen{0};
+  run(count, [&](Member& m) {
+    Sharing sharing(taken.data(), m.index, m.count);
+    for (int phase = 0; phase < phases; phase++) {
+      const Phase& k = kinds[phase % 6];
+      const Part own = part_of(k.items, k.multiple, m.index, m.count);
+      int64_t expected = own.first, piece = 0;
+      if ((phase + m.index) % 5 == 0) usleep(200);
+      sharing.over(k.items, k.multiple, k.most, k.pieces, [&](const Share& s) {
+        if (s.first % k.multiple != 0 || s.first >= s.last || s.end < s.last) fail("a part is not one");
+        for (int64_t i = s.first; i < s.last; i++) done[static_cast<size_t>(phase)][static_cast<size_t>(s.piece * k.items + i)]++;
+        if (s.first >= own.first && s.last <= own.last) {
+          if (s.end != own.last) fail("a member's own stretch ends elsewhere");
+          if (s.piece != piece) {
+            piece = s.piece;
+            expected = own.first;
+          }
+          if (s.first != expected) fail("a member's own parts are out of order");
+          expected = s.last;
+        } else {
+          stolen++;
+        }
+      });
+      sharing.end_phase();
+      m.sync();
+    }
+  });
+  for (const auto& phase : done)
+    for (const auto& times : phase)
+      if (times != 1) fail("a part was done too often or not at all");
+  if (count > 1 && stolen == 0) fail("nobody took another's part");
+}
+
 double nanoseconds() {
   return static_cast<double>(std::chrono::steady_clock::now().time_since_epoch().count());
 }
@@ -170,6 +220,8 @@ int main(int argc, char** argv) {
     forked();
   } else if (check == "names") {
     names();
+  } else if (check == "shares") {
+    for (int count = 1; count <= 4; count++) shares(600, count);
   } else if (check == "times" && argc > 2) {
     times(std::atoi(argv[2]));
   } else {

@@ -52,13 +52,13 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Hammer:
     return _compiled(tmp_path_factory.mktemp("sanitized"), "-O1", "-g", "-fsanitize=thread")
 
 
-@pytest.mark.parametrize("check", ["sums", "barriers", "callers", "nested", "fork", "names"])
+@pytest.mark.parametrize("check", ["sums", "barriers", "callers", "nested", "fork", "names", "shares"])
 def test_hammered(hammer: Hammer, check: str) -> None:
     done = hammer(check)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("check", ["sums", "barriers", "callers", "nested"])
+@pytest.mark.parametrize("check", ["sums", "barriers", "callers", "nested", "shares"])
 def test_no_data_race(sanitized: Hammer, check: str) -> None:
     done = sanitized(check)
     assert done.returncode == 0, done.stderr
