@@ -64,7 +64,7 @@ class Model(ABC):
         """token_ids, positions: int64 ``[T]``. Returns the final normed hidden states ``[T, H]``."""
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[N, H]`` to float32 ``[N, vocabulary]``."""
+        """``[N, H]`` to float32 ``[N, vocabulary]``, valid until the next call."""
         return self.head.logits(hidden)
 
     def rename(self, name: str) -> str | None:

@@ -161,9 +161,9 @@ def linear(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     return _linear(x, weight, x.dtype)
 
 
-def linear_float(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """:func:`linear` with its float32 result unrounded."""
-    return _linear(x, weight, torch.float32)
+def linear_float(x: torch.Tensor, weight: PackedWeight, out: torch.Tensor | None = None) -> torch.Tensor:
+    """:func:`linear` with its float32 result unrounded, written to ``out`` if that is given."""
+    return _linear(x, weight, torch.float32, out)
 
 
 def rows(weight: PackedWeight, ids: torch.Tensor) -> torch.Tensor:
@@ -176,11 +176,15 @@ def rows(weight: PackedWeight, ids: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _linear(x: torch.Tensor, weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+def _linear(
+    x: torch.Tensor, weight: PackedWeight, dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
     library = _library(weight)
     if library is None:
-        return F.linear(x.float(), weight.data.float(), weight.bias).to(dtype)
-    out = torch.empty((*x.shape[:-1], weight.rows), dtype=dtype)
+        product = F.linear(x.float(), weight.data.float(), weight.bias).to(dtype)
+        return product if out is None else out.copy_(product)
+    if out is None:
+        out = torch.empty((*x.shape[:-1], weight.rows), dtype=dtype)
     library.packed_linear(
         x, weight.data, weight.bias, FORMATS[weight.format], weight.rows, weight.columns, out
     )

@@ -15,6 +15,10 @@ _WIDE_BYTES = 256 << 20
 """A head whose float32 copy is no larger than this keeps one, on a CPU."""
 
 
+_KEPT_BYTES = 64 << 20
+"""Scores up to this size are written over the last ones: fresh memory costs more than the product."""
+
+
 class Embedding(ABC):
     """A table ``[rows, width]`` named ``<name>.weight`` in the checkpoint."""
 
@@ -36,7 +40,7 @@ class Embedding(ABC):
 
     @abstractmethod
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[N, width]`` times every row of the table: float32 ``[N, rows]``."""
+        """``[N, width]`` times every row of the table: float32 ``[N, rows]``, valid until the next call."""
 
 
 def make_embedding(build: Build, name: str, rows: int, width: int, *, is_head: bool = False) -> Embedding:
@@ -53,6 +57,7 @@ class PackedEmbedding(Embedding):
         super().__init__(rows, width)
         self._matrix = build.matrix(rows, width)
         self._dtype = build.dtype
+        self._scores = torch.empty(0, rows)
         build.table.add(f"{name}.weight", self._matrix)
 
     @property
@@ -66,7 +71,11 @@ class PackedEmbedding(Embedding):
         return packed_weights.rows(self._matrix.weight, ids)
 
     def scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        return packed_weights.linear_float(hidden, self._matrix.weight)
+        count = hidden.shape[0]
+        if count > len(self._scores) and count * self.rows * torch.float32.itemsize <= _KEPT_BYTES:
+            self._scores = torch.empty(count, self.rows)
+        out = self._scores[:count] if count <= len(self._scores) else None
+        return packed_weights.linear_float(hidden, self._matrix.weight, out)
 
 
 class DenseEmbedding(Embedding):
@@ -123,7 +132,7 @@ class OutputHead:
         return self._table.packed if self.softcap is None else None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[N, width]`` to float32 ``[N, rows]``."""
+        """``[N, width]`` to float32 ``[N, rows]``, valid until the next call."""
         logits = self._table.scores(hidden)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
