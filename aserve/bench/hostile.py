@@ -211,11 +211,11 @@ async def run(args: argparse.Namespace) -> int:
 
     async with serving(command) as server:
         pid = server.process.pid
-        chosen = [each for each in INPUTS if args.only in each.name]
+        # Made before anybody streams: the streams' clocks are read by this process.
+        chosen = [(each, each.make(args.model)) for each in INPUTS if args.only in each.name]
 
         async def attack() -> None:
-            for each in chosen:
-                data = each.make(args.model)
+            for each, data in chosen:
                 begun = time.perf_counter()
                 status = await send(server.port, data)
                 seconds = time.perf_counter() - begun

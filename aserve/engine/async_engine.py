@@ -164,6 +164,11 @@ class AsyncLLMEngine(EngineLife):
         """Raises QueueFullError if a new request would be refused: ask before working on its prompt."""
         (await self._serving()).check_room(self._tokenizing)
 
+    @property
+    def longest_text(self) -> int | None:
+        """Characters that a prompt may have to fit the context; None if any may, or it is not known yet."""
+        return None if self.engine is None else self.engine.input.longest_text
+
     async def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; long texts are tokenised off the loop.
 

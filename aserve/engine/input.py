@@ -78,6 +78,14 @@ class InputProcessor:
         """Whether a text is so long that ``check_fits`` has to look at it."""
         return len(text) > _USUAL_PIECE * self._config.model.max_model_len
 
+    @property
+    def longest_text(self) -> int | None:
+        """Characters that the context's tokens can hold; None until ``check_fits`` has read the vocabulary,
+        and where a prompt may be more than its text."""
+        if self._longest_piece is None or self._config.vision_language is not None:
+            return None
+        return self._config.model.max_model_len * self._longest_piece
+
     def check_fits(self, text: str) -> None:
         """Raises InvalidRequestError for a text of more characters than the context's tokens can hold.
 

@@ -41,6 +41,13 @@ LINGER_SECONDS = 30.0
 """Seconds the last bytes of a connection that is to be closed may take to leave for a client that is slow."""
 
 
+MAX_UNREAD = 64 << 20
+UNREAD_SECONDS = 5.0
+"""What a client may go on to send, and for how long, of a body that has been answered before its end.
+
+Closing the connection at once would reset it, and the client might never see the answer."""
+
+
 class _Paused(Exception):
     """h11 has a further request buffered and cannot go on before the present one is answered."""
 
@@ -85,6 +92,7 @@ class ReadingH11Protocol(H11Protocol):
         self._watcher: asyncio.Task[None] | None = None
         self._cut: asyncio.TimerHandle | None = None
         self._ended = False
+        self._unread: int | None = None
         self.to_server = self.send
         self.send = self._pass_on
 
@@ -112,6 +120,8 @@ class ReadingH11Protocol(H11Protocol):
         """
         if not isinstance(event, Updated):
             if isinstance(event, Closed):
+                if self._hears_out():
+                    return
                 self._linger(LINGER_SECONDS)
             await self.to_server(event)
         elif event.idle:
@@ -123,6 +133,24 @@ class ReadingH11Protocol(H11Protocol):
         elif self._watcher is None:
             await self.to_server(event)
             self._watcher = asyncio.create_task(self._watch())
+
+    def _hears_out(self) -> bool:
+        """Whether the client is to be given time to read its answer before the connection is closed."""
+        transport = self.transport
+        if (
+            self._ended
+            or self._unread is not None
+            or self.connection.our_state not in (h11.DONE, h11.MUST_CLOSE)
+            or self.connection.their_state is not h11.SEND_BODY
+            or transport is None
+            or transport.is_closing()
+            or not transport.can_write_eof()
+        ):
+            return False
+        self._unread = 0
+        transport.write_eof()
+        self._linger(UNREAD_SECONDS, whatever=True)
+        return True
 
     async def _watch(self) -> None:
         """Ends the connection with the server, at once unless a request is being answered on it."""
@@ -156,6 +184,11 @@ class ReadingH11Protocol(H11Protocol):
             ):  # no request has come, and the server would wait for one as long as ever
                 await self.to_server(Updated(idle=False))
             await super().handle(event)
+            return
+        if self._unread is not None:
+            self._unread += len(event.data)
+            if self._unread > MAX_UNREAD and self.transport is not None:
+                self.transport.abort()
             return
         if self._paused:
             self._buffered += len(event.data)

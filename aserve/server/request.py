@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quart import Request
 from quart.wrappers.request import Body
 from werkzeug.datastructures import Headers
+
+from aserve.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from aserve.server.survey import Survey
 
 
 class RequestHeaders(Headers):
@@ -34,7 +39,28 @@ class RequestHeaders(Headers):
 
 
 class ReceivedBody(Body):
-    """A request's body that can be had at once when all of it is there."""
+    """A request's body that can be had at once when all of it is there, and be refused before it is."""
+
+    _survey: Survey | None = None
+
+    def watch(self, survey: Survey) -> None:
+        """Shows ``survey`` all of the body, now and as it comes; what it refuses is not kept any longer."""
+        self._survey = survey
+        if self._must_raise is None:
+            self._look(bytes(self._data))
+
+    def append(self, data: bytes) -> None:
+        super().append(data)
+        if self._survey is not None and self._must_raise is None:
+            self._look(data)
+
+    def _look(self, data: bytes) -> None:
+        try:
+            self._survey.feed(data)  # type: ignore[union-attr]
+        except InvalidRequestError as error:
+            self._must_raise = error
+            self._data.clear()
+            self.set_complete()
 
     def whole(self) -> bytes | None:
         """The body; None while there is more to come, or if it is refused."""

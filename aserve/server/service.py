@@ -9,15 +9,16 @@ import os
 import re
 import secrets
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quart import current_app, g, request
 
 from aserve.errors import AserveError, EngineBusyError, EngineDeadError, InvalidRequestError
-from aserve.server.bodies import BodyReader, Limits
+from aserve.server.bodies import BodyReader
 from aserve.server.direct import Courier
 from aserve.server.killable import KillableThreads
 from aserve.server.openai.tools.plan import check_at_start
+from aserve.server.survey import LEAST_LONGEST, Limits, Survey
 
 if TYPE_CHECKING:
     from aserve.config.server import ServerArgs
@@ -212,11 +213,17 @@ class Service:
 
     # ---------------------------------------------------------------- large bodies
 
-    async def read_large(self, data: bytes, limits: Limits) -> dict[str, Any]:
-        """The fields of a body that is not to be parsed in the event loop; see BodyReader.read."""
+    def survey(self, limits: Limits) -> Survey:
+        """What looks at a large body with these limits as it comes."""
         engine = self.engine if self.loaded else None
-        longest = None if engine is None else engine.model_config.max_model_len
-        return await self.bodies.read(data, limits, longest)
+        if engine is None:
+            return Survey(limits)
+        longest = engine.longest_text
+        return Survey(
+            limits,
+            engine.model_config.max_model_len,
+            None if longest is None else max(longest, LEAST_LONGEST),
+        )
 
     # ---------------------------------------------------------------- chat templates
 

@@ -22,16 +22,17 @@ from aserve.bench.hostile import INPUTS, Input
 from aserve.engine.input import InputProcessor
 from aserve.errors import EngineBusyError, InvalidRequestError
 from aserve.guided import limits as guide_limits
-from aserve.server import bodies
+from aserve.server import bodies, pipelining
 from aserve.server.anthropic.body import MessagesBody
 from aserve.server.app import create_app
-from aserve.server.bodies import INLINE_BYTES, INLINE_VALUES, BodyReader, Limits, is_large
+from aserve.server.bodies import INLINE_BYTES, INLINE_VALUES, BodyReader, is_large
 from aserve.server.body_child import MAX_VALUES, count, limited
 from aserve.server.openai import protocol
 from aserve.server.openai.embeddings import EmbeddingBody
 from aserve.server.openai.protocol import MAX_CHOICES, ChatBody, CompletionBody, limits_of
 from aserve.server.openai.response_input import ResponseBody
 from aserve.server.openai.tokenization import DetokenizeBody
+from aserve.server.survey import Limits, Survey
 from aserve.tokenizer.loader import load_tokenizer
 from tests.server.conftest import make_app, post, raw, running, server_args, until
 from tests.server.fake_engine import FakeEngine
@@ -93,6 +94,11 @@ REFUSED_UNREAD = {
     "10 MB of choices": "guided_choice",
     "a million tokens to decode": "tokens",
     "100,000 inputs to embed": "input",
+    "stop strings of 1 MB": "stop",
+    "a text of 8 MB": "prompt",
+    "a chat of 8 MB": "messages",
+    "8 MB to tokenise": "prompt",
+    "a model's name of 1 MB": "model",
 }
 """What is refused before anything parses it, and the field that the error names."""
 
@@ -285,10 +291,16 @@ async def test_closing_fails_what_waits() -> None:
 # ---------------------------------------------------------------- what is counted
 
 
-def flood(data: bytes, limits: Limits = COMPLETION, context: int | None = CONTEXT) -> str | None:
+def flood(
+    data: bytes, limits: Limits = COMPLETION, context: int | None = CONTEXT, longest: int | None = None
+) -> str | None:
     """The field of the refusal, "" without one; None if the body is let pass."""
     try:
-        asyncio.run(bodies.refuse_flood(data, limits, context))
+        for size in (len(data), 65_536, 1000):
+            survey = Survey(limits, context, longest)
+            for start in range(0, len(data), size):
+                survey.feed(data[start : start + size])
+            survey.finish()
     except InvalidRequestError as error:
         return error.param or ""
     return None
@@ -325,6 +337,68 @@ def test_floods_are_told_by_counting() -> None:
     assert flood(json.dumps({"a": {str(i): 1 for i in range(2 * MAX_VALUES)}}).encode()) == "a"
     assert flood(json.dumps({"a": [{}] * (2 * MAX_VALUES)}).encode()) == "a"
     assert flood(json.dumps({"x": "y" * 50_000, "b": ["z"] * (2 * MAX_VALUES)}).encode()) == ""  # too far in
+
+
+@pytest.mark.parametrize("text", ["plain", "é, ä", "\U0001f600", "two\nlines", 'a "quoted" word', "\x00"])
+def test_texts_that_cannot_fit_are_told_by_counting(text: str) -> None:
+    """Never one that could fit, whatever stands before and behind it."""
+    longest = 300_000
+    fits, cannot = (text * (n // len(text)) for n in (longest, 14 * longest))
+    for before in ({}, {"a": "b", "c": ["d"] * 1000}, {"e": 'f"g'}, {"h": "i" * longest}):
+        for ascii_only in (True, False):
+
+            def body(value: Any, before: Any = before, ascii_only: bool = ascii_only) -> bytes:
+                return json.dumps({**before, "prompt": value, "n": 1}, ensure_ascii=ascii_only).encode()
+
+            assert flood(body(fits), longest=longest) is None
+            assert flood(body([fits, fits, fits]), longest=longest) is None
+            assert flood(body([{"a": fits}, {"b": fits}]), CHAT, longest=longest) is None
+            assert flood(body(cannot)) is None  # of a model that is not loaded
+            if '"' in text:
+                continue  # each quote begins to count anew
+            assert flood(body(cannot), longest=longest) in ("prompt", "")
+            assert flood(body([fits, cannot]), longest=longest) in ("prompt", "")
+
+
+def test_where_a_quote_may_be_escaped_nothing_is_told() -> None:
+    longest = 100_000
+    for text in ("\\" * 10, '\\"' * 10, "x\\"):
+        assert flood(json.dumps({"prompt": text + "x" * 2 * longest}).encode(), longest=longest) is None
+    many = b'{"a":"' + b"\\n" * 9 + b'","b":[' + b"1," * 200_000 + b"1]}"
+    assert flood(many, DETOKENIZE, longest=longest) is None  # no text at all, but a list
+
+
+async def test_a_refused_body_is_not_waited_for_and_its_sender_reads_the_answer(watched: Watched) -> None:
+    """The client sends on; it must not be reset before it has read, nor may it send for ever."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", watched.port)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nContent-Length: 16000000\r\n\r\n"
+    writer.write(head + b'{"model":"fake","prompt":"' + b"x" * 2_000_000)
+    answer = await asyncio.wait_for(reader.read(), 30)  # until the end of what the server says
+    assert answer.startswith(b"HTTP/1.1 400") and b"string_too_long" in answer
+    for _ in range(10):
+        writer.write(b"x" * 1_000_000)
+        await asyncio.wait_for(writer.drain(), 30)
+    writer.close()
+    await writer.wait_closed()
+    status, _ = await watched.ask("/v1/completions", {"model": "fake", "prompt": "x", "max_tokens": 1})
+    assert (status, watched.reader.count) == (200, 0)
+
+
+@pytest.mark.parametrize("limit", ["MAX_UNREAD", "UNREAD_SECONDS"])
+async def test_who_sends_on_for_ever_is_cut_off(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(pipelining, limit, 0.2)
+    reader, writer = await asyncio.open_connection("127.0.0.1", watched.port)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nContent-Length: 1000000000\r\n\r\n"
+    writer.write(head)
+    answer = await asyncio.wait_for(reader.read(), 30)
+    assert answer.startswith(b"HTTP/1.1 413")
+    with pytest.raises(ConnectionError):
+        while True:
+            writer.write(b"x" * 1000)
+            await asyncio.wait_for(writer.drain(), 30)
+            await asyncio.sleep(0.02)
 
 
 def test_where_a_body_is_parsed() -> None:

@@ -124,6 +124,7 @@ class FakeEngine:
         self.config = SimpleNamespace(
             model=self.model_config, scheduler=SimpleNamespace(max_num_seqs=max_num_seqs)
         )
+        self.longest_text: int | None = 8 * max_model_len
         self.stats: FakeStats | None = FakeStats()
         self.tick = 0.0
         self.gate = asyncio.Event()

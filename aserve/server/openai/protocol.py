@@ -27,10 +27,11 @@ from werkzeug.exceptions import UnsupportedMediaType
 from aserve.errors import InvalidRequestError
 from aserve.messages.inputs import RequestOptions
 from aserve.messages.params import GuidedParams, SamplingParams
-from aserve.server.bodies import Limits, is_large
+from aserve.server.bodies import is_large
 from aserve.server.body_child import parse
 from aserve.server.openai.guided import guided_params
 from aserve.server.service import service
+from aserve.server.survey import Limits
 
 MAX_PROMPTS = 2048
 """Most prompts in one call."""
@@ -297,8 +298,11 @@ async def read(kind: type[Parsed]) -> Parsed:
     """
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType
-    data: bytes = await request.get_data()  # type: ignore[assignment]
-    values = await service().read_large(data, limits_of(kind)) if is_large(data) else parse(data)
+    data = request.body.whole()  # type: ignore[attr-defined]
+    if data is None or is_large(data):
+        values = await _read_large(limits_of(kind))
+    else:
+        values = parse(data)
     try:
         body = kind.model_validate(values)
     except ValidationError as error:
@@ -312,6 +316,15 @@ async def read(kind: type[Parsed]) -> Parsed:
             )
         service().note_unknown_fields(unknown)
     return body
+
+
+async def _read_large(limits: Limits) -> dict[str, Any]:
+    """The fields of a body that is not there yet, or not to be parsed in the event loop."""
+    survey = service().survey(limits)
+    request.body.watch(survey)  # type: ignore[attr-defined]
+    data: bytes = await request.get_data()  # type: ignore[assignment]
+    survey.finish()
+    return await service().bodies.read(data, limits) if is_large(data) else parse(data)
 
 
 @cache
