@@ -71,14 +71,17 @@ def conversation(messages: list[Message]) -> list[dict[str, Any]]:
     """
     found = []
     for index, message in enumerate(messages):
-        calling = bool(message.tool_calls) and message.role == "assistant"
+        calls = None
+        if message.tool_calls is not None:  # whoever's: what is no call is refused, not overlooked
+            calls = checked_calls(message.tool_calls, f"messages.{index}.tool_calls")
+        calling = bool(calls) and message.role == "assistant"
         if message.content is None and not calling:
             continue
         role = "system" if message.role == "developer" else message.role
         content = "" if message.content is None else _text(message.content, f"messages.{index}.content")
         entry: dict[str, Any] = {"role": role, "content": content}
         if calling:
-            entry["tool_calls"] = checked_calls(message.tool_calls, f"messages.{index}.tool_calls")
+            entry["tool_calls"] = calls
         if role == "tool":
             own = {"tool_call_id": message.tool_call_id, "name": message.name}
             entry |= {key: value for key, value in own.items() if value is not None}

@@ -477,6 +477,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [function()], "parallel_tool_calls": "no"}, "parallel_tool_calls", "boolean"),
     ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages", "messages.0.tool_calls"),
     ({"messages": [{"role": "assistant", "tool_calls": [5]}]}, "messages", "messages.0.tool_calls.0"),
+    # No call is no call, whoever's, and also where Python takes it for false.
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [5]}]}, "messages", "tool_calls.0"),
+    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": {}}]}, "messages", "tool_calls"),
     (
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}]},
         "messages",
