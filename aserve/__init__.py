@@ -1,12 +1,15 @@
 """aserve: an asyncio-native LLM inference engine and streaming server.
 
-Public names are imported on first use, so ``import aserve`` costs nothing.
+Public names are imported on first use, so ``import aserve`` costs nothing. That of an engine sets
+OMP_WAIT_POLICY to PASSIVE in the environment if it is not set: see ``aserve.threads``.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
+
+from aserve.threads import calm_threads
 
 __version__ = "0.1.0"
 
@@ -46,10 +49,15 @@ __all__ = [  # noqa: RUF022 - plain alphabetical order
 ]
 
 
+_ENGINES = ("AsyncLLMEngine", "LLM", "LLMEngine")
+
+
 def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'aserve' has no attribute {name!r}")
+    if name in _ENGINES:
+        calm_threads()
     value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value

@@ -27,8 +27,9 @@ from aserve.config.server import ServerArgs
 from aserve.errors import ConfigError
 from aserve.server import pipelining
 from aserve.server.app import create_app
-from aserve.server.cli import announce, calm_threads
+from aserve.server.cli import announce
 from aserve.server.process import loop_nice, settle, yield_to_compute
+from aserve.threads import calm_threads
 
 ARGS_VARIABLE = "ASERVE_ARGS"
 

@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "packaged": {"errors"},
     "metrics": {"errors"},
     "faults": set(),
+    "threads": set(),
     # 1: settings
     "gguf": BASE,
     "config": SETTINGS | {"gguf"},
@@ -51,19 +52,19 @@ ALLOWED: dict[str, set[str]] = {
     "engine": SETTINGS | {"core", "tokenizer", "guided", "multimodal", "executor", "metrics"},
     # 8: what people call
     "llm": SETTINGS | {"engine", "metrics"},
-    "server": SETTINGS | {"engine", "metrics"},
+    "server": SETTINGS | {"engine", "metrics", "threads"},
     # measuring and planning, each a command of its own
     "bench": SETTINGS
-    | {"gguf", "tokenizer", "ops", "model", "worker", "executor", "engine", "llm", "metrics", "server"},
+    | {"gguf", "tokenizer", "ops", "model", "worker", "executor", "engine", "llm", "metrics", "server", "threads"},
     "simulate": SETTINGS | {"core", "bench"},
     # proving and timing the kernels and the engine on a GPU
     "gpu_check": SETTINGS | COMPUTE | {"model", "bench", "engine", "llm"},
     # serving a file
     "batch": SETTINGS | {"engine", "server"},
     # 9: entry points
-    "app": SETTINGS | {"server"},
+    "app": SETTINGS | {"server", "threads"},
     "__main__": {"server"},
-    "__init__": set(),
+    "__init__": {"threads"},
 }
 
 ALLOWED_MODULES = {"server": {"aserve.tokenizer.chat", "aserve.__version__"}}

@@ -32,7 +32,7 @@ import uvloop
 from aserve.args import AsyncEngineArgs, ServerArgs
 from aserve.bench.hostile import post, send
 from aserve.server import pipelining
-from aserve.server.cli import calm_threads
+from aserve.threads import calm_threads
 
 if TYPE_CHECKING:
     from aserve.engine.async_engine import AsyncLLMEngine

@@ -165,8 +165,8 @@ def serve(args: argparse.Namespace) -> int:
     from aserve.args import parse_serve_args
     from aserve.engine.async_engine import AsyncLLMEngine
     from aserve.engine.llm_engine import LLMEngine
-    from aserve.server.cli import calm_threads
     from aserve.server.serve import serve as serve_engine
+    from aserve.threads import calm_threads
 
     calm_threads()  # before anything imports torch
 

@@ -25,7 +25,7 @@ from aserve.bench.policies import prompt, started
 from aserve.engine.async_engine import AsyncLLMEngine
 from aserve.messages.inputs import OutputKind
 from aserve.messages.params import GuidedParams, SamplingParams
-from aserve.server.cli import calm_threads
+from aserve.threads import calm_threads
 
 SCHEMA: dict[str, Any] = {
     "type": "array",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import sys
 from typing import Any
 
@@ -12,6 +11,7 @@ import aserve
 from aserve import log
 from aserve.args import parse_serve_args
 from aserve.errors import ConfigError
+from aserve.threads import calm_threads
 
 USAGE = """usage: aserve serve [MODEL] [flags]
        aserve bench {serve,throughput,latency,limits} [flags]
@@ -71,16 +71,6 @@ def serve(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"aserve: {error}", file=sys.stderr)
         return 2
-
-
-def calm_threads() -> None:
-    """Makes OpenMP's threads sleep while they wait for each other, unless the environment says otherwise.
-
-    A server's own loop, and whatever else the machine runs, takes a core from them now and then. A
-    thread that spins for a sibling without a core burns the time that sibling needs: every one of a
-    step's hundreds of parallel regions then costs a time slice. Must come before torch is imported.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def announce(*settings: Any) -> None:
