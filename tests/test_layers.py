@@ -55,7 +55,19 @@ ALLOWED: dict[str, set[str]] = {
     "server": SETTINGS | {"engine", "metrics", "threads"},
     # measuring and planning, each a command of its own
     "bench": SETTINGS
-    | {"gguf", "tokenizer", "ops", "model", "worker", "executor", "engine", "llm", "metrics", "server", "threads"},
+    | {
+        "gguf",
+        "tokenizer",
+        "ops",
+        "model",
+        "worker",
+        "executor",
+        "engine",
+        "llm",
+        "metrics",
+        "server",
+        "threads",
+    },
     "simulate": SETTINGS | {"core", "bench"},
     # proving and timing the kernels and the engine on a GPU
     "gpu_check": SETTINGS | COMPUTE | {"model", "bench", "engine", "llm"},

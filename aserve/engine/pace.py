@@ -14,6 +14,10 @@ _LEAST_TOKENS = 4
 _CHUNK = 64
 """Prompt tokens that count as much as the step they are in."""
 
+_URGENCY = 3
+"""How much more a request counts that has no token yet: with it a crowd of 32 is served at 94 % of the speed
+that it has without bounds, with 1 at 85 %."""
+
 _LEAST_SECONDS = 1e-7
 _MEMORY = 0.8
 
@@ -60,9 +64,8 @@ class Pace:
     slowdown: a step that computes prompt tokens besides decodes is to take at most this many times what the
         decodes alone take, or ``_STEP_SECONDS`` if that is more; None for any time.
 
-    Requests that wait for their first token count as much as those that decode: with as many waiting as
-    decoding, steps may take twice as long. Else a crowd that comes at once would be served at a trickle for
-    the sake of its first members.
+    For each request that waits for its first token as one decodes, steps may take ``_URGENCY`` times as long
+    again. Else a crowd that comes at once would be served at a trickle for the sake of its first members.
 
     A step's time is taken as that of its decodes, plus one for having a prompt beside them, plus one for each
     of its tokens. The last two are corrected by each such step's error, in proportion to their part in it
@@ -112,5 +115,5 @@ class Pace:
         if self._slowdown is None or not (self._drawing and self._decodes and self._token_seconds):
             return math.inf
         alone = self._decodes.of(self._drawing)
-        step = max(self._slowdown * alone, _STEP_SECONDS) * (1 + waiting / self._drawing)
+        step = max(self._slowdown * alone, _STEP_SECONDS) * (1 + _URGENCY * waiting / self._drawing)
         return max(_LEAST_TOKENS, int((step - alone - self._beside_seconds) / self._token_seconds))

@@ -63,9 +63,12 @@ class Model(ABC):
     ) -> torch.Tensor:
         """token_ids, positions: int64 ``[T]``. Returns the final normed hidden states ``[T, H]``."""
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[N, H]`` to float32 ``[N, vocabulary]``, valid until the next call."""
-        return self.head.logits(hidden)
+    def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """``[N, H]`` to float32 ``[N, vocabulary]``.
+
+        out: memory of that shape and type which native kernels on a CPU write to instead of fresh memory.
+        """
+        return self.head.logits(hidden, out)
 
     def rename(self, name: str) -> str | None:
         """The name this model knows for a checkpoint's ``name``; None for a tensor it does not use."""

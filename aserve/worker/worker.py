@@ -26,6 +26,9 @@ def make_runner(config: EngineConfig) -> Runner:
     return Worker(config)
 
 
+_KEPT_LOGITS_BYTES = 64 << 20
+
+
 class _Done:
     """A step that was complete when its launch returned."""
 
@@ -43,6 +46,10 @@ class Worker(Runner):
     """Runs plans on the CPU, each to its end before the launch returns."""
 
     batch: BatchState
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self._logits = torch.empty(0)
 
     def _facts(self) -> dict[str, str]:
         kernels = " ".join(f"{name}={kind}" for name, kind in sorted(ops.kernels().items()))
@@ -151,9 +158,18 @@ class Worker(Runner):
         else:
             rows = list(range(len(rows)))
         slots = [slot for _, slot in plan.samples]
-        sampled = self.rows.sample(lambda: self.model.compute_logits(hidden), rows, slots)
+        sampled = self.rows.sample(lambda: self._compute_logits(hidden), rows, slots)
         self.batch.store_drawn(plan, sampled.token_ids)
         return sampled
+
+    def _compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Written over those of the step before: fresh memory costs more than the product."""
+        rows = hidden.shape[0]
+        out = self._logits[:rows] if rows <= self._logits.shape[0] else None
+        logits = self.model.compute_logits(hidden, out)
+        if out is None and logits.nbytes <= _KEPT_LOGITS_BYTES:
+            self._logits = logits
+        return logits
 
     def _pooling_step(
         self,

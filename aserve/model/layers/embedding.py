@@ -15,10 +15,6 @@ _WIDE_BYTES = 256 << 20
 """A head whose float32 copy is no larger than this keeps one, on a CPU."""
 
 
-_KEPT_BYTES = 64 << 20
-"""Scores up to this size are written over the last ones: fresh memory costs more than the product."""
-
-
 class Embedding(ABC):
     """A table ``[rows, width]`` named ``<name>.weight`` in the checkpoint."""
 
@@ -39,8 +35,8 @@ class Embedding(ABC):
         return None
 
     @abstractmethod
-    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[N, width]`` times every row of the table: float32 ``[N, rows]``, valid until the next call."""
+    def scores(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """``[N, width]`` times every row of the table: float32 ``[N, rows]``, in ``out`` if it serves."""
 
 
 def make_embedding(build: Build, name: str, rows: int, width: int, *, is_head: bool = False) -> Embedding:
@@ -57,7 +53,6 @@ class PackedEmbedding(Embedding):
         super().__init__(rows, width)
         self._matrix = build.matrix(rows, width)
         self._dtype = build.dtype
-        self._scores = torch.empty(0, rows)
         build.table.add(f"{name}.weight", self._matrix)
 
     @property
@@ -70,11 +65,7 @@ class PackedEmbedding(Embedding):
     def lookup_float(self, ids: torch.Tensor) -> torch.Tensor:
         return packed_weights.rows(self._matrix.weight, ids)
 
-    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        count = hidden.shape[0]
-        if count > len(self._scores) and count * self.rows * torch.float32.itemsize <= _KEPT_BYTES:
-            self._scores = torch.empty(count, self.rows)
-        out = self._scores[:count] if count <= len(self._scores) else None
+    def scores(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         return packed_weights.linear_float(hidden, self._matrix.weight, out)
 
 
@@ -106,7 +97,7 @@ class DenseEmbedding(Embedding):
     def lookup_float(self, ids: torch.Tensor) -> torch.Tensor:
         return self.lookup(ids).float()
 
-    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+    def scores(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         if self._wide is not None:
             return F.linear(hidden.float(), self._wide)
         return F.linear(hidden, self.weight).float()
@@ -131,9 +122,9 @@ class OutputHead:
         """The weights where their product with hidden states is the logits; None with a softcap."""
         return self._table.packed if self.softcap is None else None
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[N, width]`` to float32 ``[N, rows]``, valid until the next call."""
-        logits = self._table.scores(hidden)
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """``[N, width]`` to float32 ``[N, rows]``, in ``out`` if it serves."""
+        logits = self._table.scores(hidden, out)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
