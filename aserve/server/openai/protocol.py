@@ -60,7 +60,7 @@ Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 Bool = Annotated[bool, Strict()]
 StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
-# The bounds come first: after a validator of ours, pydantic's JSON schema does not name them as JSON schema does.
+# Bounds come first: after a validator of ours, pydantic's JSON schema has no "minimum" for them but "ge".
 Count = Annotated[int, Field(ge=0), BeforeValidator(_number)]
 PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_number)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(_number)]
