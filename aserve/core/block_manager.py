@@ -200,13 +200,22 @@ class BlockManager:
         The key is a keyed BLAKE2b hash of the key before it and the tokens, so equal keys mean equal
         tokens from the first one on, the same adapter, image and salt.
         """
-        size, keys = self.block_size, seq.block_keys
-        while len(keys) <= index:
-            at = len(keys) * size
-            before = keys[-1] if keys else _root(seq.group)
-            tokens = array("I", seq.token_ids[at : at + size]).tobytes()
-            keys.append(blake2b(before + tokens, key=self._secret, digest_size=_KEY_BYTES).digest())
-        return keys[index], array("I", seq.token_ids[index * size : (index + 1) * size]).tobytes()
+        keys = seq.block_keys
+        for earlier in range(len(keys), index):
+            self._add_key(seq, self._content(seq, earlier))
+        content = self._content(seq, index)
+        if len(keys) == index:
+            self._add_key(seq, content)
+        return keys[index], content
+
+    def _content(self, seq: Sequence, index: int) -> bytes:
+        size = self.block_size
+        return array("I", seq.token_ids[index * size : (index + 1) * size]).tobytes()
+
+    def _add_key(self, seq: Sequence, content: bytes) -> None:
+        before = seq.block_keys[-1] if seq.block_keys else _root(seq.group)
+        key = blake2b(before + content, key=self._secret, digest_size=_KEY_BYTES)
+        seq.block_keys.append(key.digest())
 
     # ---------------------------------------------------------------- sliding windows
 

@@ -114,7 +114,6 @@ class EngineLife:
         async with self._starting:
             if self.engine is None:
                 self.engine = await anyio.to_thread.run_sync(self._build)
-                self.engine.output.request_log = self._request_log
             if self._task is None:
                 self.start_background_loop()
 
@@ -126,6 +125,7 @@ class EngineLife:
             raise RuntimeError("the background loop is already running")
         if self.engine is None:
             raise RuntimeError("the engine is not loaded yet; await start() instead")
+        self.engine.output.request_log = self._request_log
         self._task = asyncio.create_task(self._run(self.engine), name="aserve-engine-loop")
         _count_tasks(self.engine.stats)
         self._lag_watch = asyncio.create_task(self._watch(self.engine), name="aserve-watch")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -234,27 +233,28 @@ class LLMEngine:
 
         num_coming: requests that were let in and are not queued yet.
         """
-        with self._counting_refusals():
-            self.core.check_room(num_coming=num_coming)
-
-    @contextlib.contextmanager
-    def _counting_refusals(self) -> Iterator[None]:
         try:
-            yield
+            self.core.check_room(num_coming=num_coming)
         except QueueFullError as error:
-            self.stats.on_rejected("queue_full")
-            head = self.core.waiting.head
-            if head is not None:
-                # How long the first in the queue has waited is about how long a newcomer would.
-                error.retry_after = min(max(1.0, time.time() - head.arrival_time), _LONGEST_RETRY)
+            self._count_refusal(error)
             raise
+
+    def _count_refusal(self, error: QueueFullError) -> None:
+        self.stats.on_rejected("queue_full")
+        head = self.core.waiting.head
+        if head is not None:
+            # How long the first in the queue has waited is about how long a newcomer would.
+            error.retry_after = min(max(1.0, time.time() - head.arrival_time), _LONGEST_RETRY)
 
     def queue(
         self, group: SequenceGroup, kind: OutputKind, sink: Sink, mailbox: Mailbox | None = None
     ) -> None:
         """Hands a request to the scheduler; ``sink`` is called with each of its outputs."""
-        with self._counting_refusals():
+        try:
             accepted = self.core.add(group)
+        except QueueFullError as error:
+            self._count_refusal(error)
+            raise
         self._interrupt()
         try:
             self.output.add(group, kind, sink, mailbox)

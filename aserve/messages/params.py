@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import enum
 import json
 import math
@@ -246,7 +245,8 @@ class SamplingParams:
 
     def clone(self) -> SamplingParams:
         """A deep copy that shares the logits processors, which may hold state or refuse to be copied."""
-        other = copy.copy(self)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
         # The other fields cannot be changed in place.
         for name in ("stop", "stop_token_ids", "logit_bias", "logits_processors"):
             value = getattr(self, name)
@@ -281,26 +281,12 @@ class SamplingParams:
             raise _refusal("guided", "GuidedParams or null", self.guided)
 
     def _check_ranges(self) -> None:
-        rules: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-            ("n", lambda v: v >= 1, "at least 1"),
-            ("best_of", lambda v: v >= self.n, f"at least n ({self.n})"),
-            ("presence_penalty", lambda v: -2.0 <= v <= 2.0, "in [-2, 2]"),
-            ("frequency_penalty", lambda v: -2.0 <= v <= 2.0, "in [-2, 2]"),
-            ("repetition_penalty", lambda v: 0.0 < v <= 2.0, "in (0, 2]"),
-            ("temperature", lambda v: v >= 0.0, "at least 0"),
-            ("top_p", lambda v: 0.0 < v <= 1.0, "in (0, 1]"),
-            ("top_k", lambda v: v == -1 or v >= 1, "-1 (all) or at least 1"),
-            ("min_p", lambda v: 0.0 <= v <= 1.0, "in [0, 1]"),
-            ("max_tokens", lambda v: v is None or v >= 1, "at least 1"),
-            ("min_tokens", lambda v: v >= 0, "at least 0"),
-            ("logprobs", lambda v: v is None or v >= 0, "at least 0"),
-            ("prompt_logprobs", lambda v: v is None or v >= 0, "at least 0"),
-            ("truncate_prompt_tokens", lambda v: v is None or v >= 1, "at least 1"),
-            ("stop", lambda v: "" not in v, "free of empty strings"),
-        )
-        for name, holds, wanted in rules:
-            if not holds(getattr(self, name)):
-                raise _refusal(name, wanted, getattr(self, name))
+        values = self.__dict__
+        for name, holds, wanted in _RANGES:
+            if not holds(values[name]):
+                raise _refusal(name, wanted, values[name])
+            if name == "n" and self.best_of is not None and self.best_of < self.n:
+                raise _refusal("best_of", f"at least n ({self.n})", self.best_of)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _refusal("min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
         if self.stop and not self.detokenize:
@@ -360,6 +346,22 @@ _BOOLS = (
     "detokenize",
     "skip_special_tokens",
     "spaces_between_special_tokens",
+)
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("n", lambda v: v >= 1, "at least 1"),
+    ("presence_penalty", lambda v: -2.0 <= v <= 2.0, "in [-2, 2]"),
+    ("frequency_penalty", lambda v: -2.0 <= v <= 2.0, "in [-2, 2]"),
+    ("repetition_penalty", lambda v: 0.0 < v <= 2.0, "in (0, 2]"),
+    ("temperature", lambda v: v >= 0.0, "at least 0"),
+    ("top_p", lambda v: 0.0 < v <= 1.0, "in (0, 1]"),
+    ("top_k", lambda v: v == -1 or v >= 1, "-1 (all) or at least 1"),
+    ("min_p", lambda v: 0.0 <= v <= 1.0, "in [0, 1]"),
+    ("max_tokens", lambda v: v is None or v >= 1, "at least 1"),
+    ("min_tokens", lambda v: v >= 0, "at least 0"),
+    ("logprobs", lambda v: v is None or v >= 0, "at least 0"),
+    ("prompt_logprobs", lambda v: v is None or v >= 0, "at least 0"),
+    ("truncate_prompt_tokens", lambda v: v is None or v >= 1, "at least 1"),
+    ("stop", lambda v: "" not in v, "free of empty strings"),
 )
 
 

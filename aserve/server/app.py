@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import orjson
@@ -17,7 +18,7 @@ from quart.ctx import RequestContext
 from quart.globals import request_ctx
 from quart.json.provider import JSONProvider
 from quart.sessions import NullSession
-from werkzeug.routing import MapAdapter
+from werkzeug.routing import MapAdapter, Rule
 
 from aserve.errors import AserveError
 from aserve.server import admin_api, errors, openapi, ops_api, pipelining
@@ -69,7 +70,17 @@ class App(Quart):
         self._no_session = NullSession()
 
     def request_context(self, request: Request) -> RequestContext:
-        return RequestContext(self, request, self._no_session)
+        return Context(self, request, self._no_session)
+
+    @cached_property
+    def plain_routes(self) -> dict[tuple[str, str], Rule]:
+        """Routes without variables, by method and path."""
+        return {
+            (method, rule.rule): rule
+            for rule in reversed(list(self.url_map.iter_rules()))  # of two, the first counts
+            if _is_plain(rule)
+            for method in rule.methods or ()
+        }
 
     def create_url_adapter(self, request: BaseRequestWebsocket | None) -> MapAdapter | None:
         # No route depends on the host, so what a client says of it is not looked at.
@@ -82,6 +93,14 @@ class App(Quart):
         return func if is_coroutine_function(func) else super().ensure_async(func)
 
     async def full_dispatch_request(self, request_context: RequestContext | None = None) -> ResponseTypes:
+        try:
+            if not self.http_middleware:
+                return await super().full_dispatch_request(request_context)
+            return await self._dispatch_inside_middleware(request_context)
+        except Exception as error:  # a hook's or middleware's own failure; those of views are answered inside
+            return await self.make_response(await self.handle_user_exception(error))
+
+    async def _dispatch_inside_middleware(self, request_context: RequestContext | None) -> ResponseTypes:
         dispatch = super().full_dispatch_request
 
         async def inner(_: Request) -> Any:
@@ -90,10 +109,27 @@ class App(Quart):
         call: Callable[[Request], Any] = inner
         for middleware in self.http_middleware:
             call = _around(middleware, call, self.make_response)
-        try:
-            return cast("ResponseTypes", await call((request_context or request_ctx).request))
-        except Exception as error:  # a middleware's own failure; those of views are answered inside
-            return await self.make_response(await self.handle_user_exception(error))
+        return cast("ResponseTypes", await call((request_context or request_ctx).request))
+
+
+class Context(RequestContext):
+    """A request's context; a route without variables is found by its path alone."""
+
+    app: App
+
+    def match_request(self) -> None:
+        asked = self.request
+        rule = self.app.plain_routes.get((asked.method, asked.path))
+        if rule is None:
+            super().match_request()
+        else:
+            asked.url_rule, asked.view_args = rule, {}  # type: ignore[assignment]
+
+
+def _is_plain(rule: Rule) -> bool:
+    """Whether nothing but a request's method and path says that it is for this route."""
+    special = rule.arguments or rule.defaults or rule.host or rule.subdomain
+    return not (special or rule.build_only or rule.websocket or rule.redirect_to or rule.alias)
 
 
 def _around(

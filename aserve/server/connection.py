@@ -16,6 +16,7 @@ from quart.utils import encode_headers
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.event import ensure_bytes
 from sse_starlette.sse import SendTimeoutError
+from werkzeug.datastructures import Headers
 
 from aserve.server.direct import ChunkWriter, LiveEvents, exchange_behind, writer_behind
 from aserve.server.request import RequestHeaders
@@ -33,6 +34,12 @@ SEND_TIMEOUT = 30.0
 
 CANCEL_SECONDS = 0.05
 """Seconds between two attempts to end the handler of a client that has left."""
+
+_STREAM_HEADERS = [
+    ("Content-Type", "text/event-stream; charset=utf-8"),
+    ("Cache-Control", "no-cache"),
+    ("X-Accel-Buffering", "no"),
+]
 
 _SLASHES = re.compile(r"/{2,}")
 
@@ -67,10 +74,8 @@ class EventStream(Response):
         ping: float = PING_SECONDS,
         send_timeout: float | None = SEND_TIMEOUT,
     ) -> None:
-        super().__init__(status=200, content_type="text/event-stream; charset=utf-8")
+        super().__init__(status=200, headers=Headers(_STREAM_HEADERS))
         self.timeout = None  # Quart's RESPONSE_TIMEOUT (60 s) would cut a longer stream without a trace.
-        self.headers["Cache-Control"] = "no-cache"
-        self.headers["X-Accel-Buffering"] = "no"
         self.events = events
         self.on_close = on_close
         self.ping = ping

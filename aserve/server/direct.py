@@ -54,10 +54,11 @@ class Courier:
 class ChunkWriter:
     """Writes chunks of a chunked HTTP/1.1 body straight to a transport."""
 
-    __slots__ = ("_transport",)
+    __slots__ = ("_hold", "_transport")
 
-    def __init__(self, transport: asyncio.WriteTransport) -> None:
+    def __init__(self, transport: asyncio.WriteTransport, hold: Callable[[bytes], None]) -> None:
         self._transport = transport
+        self._hold = hold
 
     @property
     def clear(self) -> bool:
@@ -68,8 +69,19 @@ class ChunkWriter:
         """Writes ``data``, which is not empty; False, and nothing written, if the way is not clear."""
         if not self.clear:
             return False
-        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self._transport.write(_chunk(data))
         return True
+
+    def write_last(self, data: bytes) -> bool:
+        """The same for what nothing but the body's end follows, at once: they leave together."""
+        if not self.clear:
+            return False
+        self._hold(_chunk(data))
+        return True
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def writer_behind(send: Any, scope: Any) -> ChunkWriter | None:
@@ -80,7 +92,7 @@ def writer_behind(send: Any, scope: Any) -> ChunkWriter | None:
     protocol = getattr(stream.send, "__self__", None) if stream is not None else None
     if not isinstance(protocol, ReadingH11Protocol) or protocol.transport is None:
         return None
-    return ChunkWriter(protocol.transport)
+    return ChunkWriter(protocol.transport, protocol.hold)
 
 
 def exchange_behind(send: Any) -> Exchange | None:
@@ -178,7 +190,7 @@ class LiveEvents:
             stream.listen(None)
             self._streams.close()
         last += self._done
-        if last and not writer.write(last):
+        if last and not writer.write_last(last):
             yield last
 
     async def _wait(self) -> None:

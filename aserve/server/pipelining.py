@@ -18,15 +18,17 @@ import h11
 import hypercorn.protocol as hypercorn_protocol
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.events import Closed, RawData, Updated
-from hypercorn.protocol.events import Request
+from hypercorn.protocol.events import Request, Response
 from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
 
 from aserve.server.exchange import Exchange
+from aserve.server.framing import FramingConnection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from hypercorn.events import Event
+    from hypercorn.protocol.events import Event as StreamEvent
 
 HEADER_SECONDS = 20.0
 """Seconds a request's head may take from its first byte to its last."""
@@ -83,6 +85,9 @@ class ReadingH11Protocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.connection = FramingConnection(
+            h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size
+        )
         self.can_read = _NeverPark(self._resume)
         self._paused = False
         self._buffered = 0
@@ -93,6 +98,7 @@ class ReadingH11Protocol(H11Protocol):
         self._cut: asyncio.TimerHandle | None = None
         self._ended = False
         self._unread: int | None = None
+        self._held = b""
         self.to_server = self.send
         self.send = self._pass_on
 
@@ -259,7 +265,9 @@ class ReadingH11Protocol(H11Protocol):
             return
         table.busy(self)
         self._stop_clock()
-        if any(name == b"upgrade" for name, _ in request.headers):  # of which a WebSocket may come
+        self._held = b""  # of an answer that failed before its end was sent
+        headers = list(request.headers)
+        if b"upgrade" in [name for name, _ in headers]:  # of which a WebSocket may come
             await super()._create_stream(request)
             return
         self.stream = Exchange(
@@ -273,11 +281,10 @@ class ReadingH11Protocol(H11Protocol):
             self.stream_send,
             STREAM_ID,
         )
-        raw = self.config.h11_pass_raw_headers
         await self.stream.handle(
             Request(
                 stream_id=STREAM_ID,
-                headers=request.headers.raw_items() if raw else list(request.headers),
+                headers=request.headers.raw_items() if self.config.h11_pass_raw_headers else headers,
                 http_version=request.http_version.decode(),
                 method=request.method.decode("ascii").upper(),
                 raw_path=request.target,
@@ -287,20 +294,33 @@ class ReadingH11Protocol(H11Protocol):
         self.keep_alive_requests += 1
         await self.context.mark_request()
 
+    async def stream_send(self, event: StreamEvent) -> None:
+        if isinstance(event, Response) and isinstance(self.connection, FramingConnection):
+            event = self.connection.framed(event)
+        await super().stream_send(event)
+
+    def hold(self, data: bytes) -> None:
+        """Has ``data`` sent with, and before, what h11 sends next, which must be soon."""
+        self._held += data
+
     async def _send_h11_event(self, event: Any) -> None:
         transport = self.transport
+        held, self._held = self._held, b""
         if transport is None or transport.is_closing() or transport.get_write_buffer_size() > ENOUGH:
+            if held:
+                await self.send(RawData(held))
             await super()._send_h11_event(event)
             return
         # It would not have to wait for the client: the locks and the waiting can be left out.
+        data = None
         try:
             data = self.connection.send(event)
         except h11.LocalProtocolError:
             if self.connection.their_state != h11.ERROR:
                 raise
-        else:
-            if data:
-                transport.write(data)
+        finally:
+            if held or data:
+                transport.write(held + (data or b""))
 
     @property
     def transport(self) -> asyncio.WriteTransport | None:

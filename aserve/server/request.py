@@ -74,6 +74,14 @@ class ServerRequest(Request):
 
     body_class = ReceivedBody
     body: ReceivedBody
+    _blueprints: list[str] | None = None
+
+    @property
+    def blueprints(self) -> list[str]:
+        """As Quart has them, which works them out each of the three times it asks."""
+        if self._blueprints is None or self.url_rule is None:
+            self._blueprints = super().blueprints
+        return self._blueprints
 
     async def get_data(self, cache: bool = True, as_text: bool = False, parse_form_data: bool = False) -> Any:
         if cache and not as_text and not parse_form_data:

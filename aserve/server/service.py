@@ -289,9 +289,9 @@ def client_request_id() -> str | None:
 
 def log_client_id(request_id: str) -> None:
     """Ties our request id to the client's, and to the name of its key, in the log."""
-    given, key = client_request_id(), g.get("key_name")
     if not service().log_requests:
         return
+    given, key = client_request_id(), g.get("key_name")
     if given is not None:
         logger.info("%s has X-Request-Id %s", request_id, given)
     if key is not None:

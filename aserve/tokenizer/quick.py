@@ -2,7 +2,8 @@
 
 A byte-level BPE tokenizer cuts a text into pieces, about words, and merges bytes within each. Most of its
 time goes into the cutting. With Python's regular expressions that takes less, and the ids of a piece never
-change, so they are kept.
+change, so they are kept. Where no piece reaches across a space, so are those of the words between spaces: of
+a text of known words only the first and the last are cut.
 
 Used only where that is certain to give the ids that the tokenizer gives: BPE without a normalizer, cut by
 the usual patterns, with added tokens that match as they are; and for texts of characters on which all
@@ -14,8 +15,8 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Iterable
+from itertools import chain, islice
 from typing import Any
 
 LONGEST_TEXT = 4096
@@ -28,8 +29,28 @@ MOST_NEW = 8
 LONGEST_PIECE = 32
 """Characters of a piece that is kept."""
 
+MOST_WORDS = 1 << 15
+MOST_NEW_WORDS = 8
+"""Words of one text that are learned; with more of them unknown it is cut as a whole."""
+
+LONGEST_WORD = 48
+
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """What a byte-level pre-tokenizer cuts by, unless others have cut before it."""
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace("{1,3}", "")
+_DIGITS = (r"\p{N}|[^\p{N}]+", r"\p{N}+|[^\p{N}]+")
+
+_BY_WORDS = (_GPT2, _LLAMA3, _QWEN2)
+"""Patterns by which a space begins a piece wherever the character before it is no white space.
+
+What matches up to that character cannot go on with the space, and does not look further. That holds also
+where digits have been cut off first: of " 1" the space is left, which then is a piece.
+"""
 
 _END = 0x2100
 """Behind the general punctuation; East Asian scripts come later."""
@@ -74,11 +95,19 @@ class QuickEncoder:
     """Ids of texts whose pieces are known."""
 
     def __init__(
-        self, backend: Any, cuts: list[Cut], added: dict[str, int], before: list[int], after: list[int]
+        self,
+        backend: Any,
+        cuts: list[Cut],
+        added: dict[str, int],
+        before: list[int],
+        after: list[int],
+        by_words: bool = False,
     ) -> None:
         self._backend = backend
         self._cuts = cuts
         self._pieces: dict[str, list[int]] = {}
+        self._words: dict[str, list[int]] = {}
+        self._by_words = by_words and not any(" " in text for text in added)
         self._added = {text: [token_id] for text, token_id in added.items()}
         longest_first = sorted(added, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split if added else None
@@ -86,7 +115,47 @@ class QuickEncoder:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int] | None:
         """What the tokenizer gives for ``text``; None if it has to be asked. From any thread."""
-        if len(text) > LONGEST_TEXT or not (text.isascii() or _KNOWN(text)):
+        if len(text) > LONGEST_TEXT:
+            return None
+        ids = self._ids_by_words(text) if self._by_words else None
+        if ids is None:
+            ids = self._ids_by_pieces(text)
+        if ids is None or not add_special_tokens:
+            return ids
+        return [*self._before, *ids, *self._after]
+
+    def _ids_by_words(self, text: str) -> list[int] | None:
+        start, *between = text.split(" ")
+        if not between or start != start.rstrip():
+            return None
+        end = between.pop()
+        words = self._words
+        try:
+            found = [words[word] for word in between]
+        except KeyError:
+            new = {word for word in between if word not in words}
+            fresh = self._learn_words(islice(new, MOST_NEW_WORDS))
+            if len(fresh) < len(new):
+                return None
+            found = [fresh.get(word) or words[word] for word in between]
+        first, last = self._ids_by_pieces(start), self._ids_by_pieces(" " + end)
+        if first is None or last is None:
+            return None
+        return [*first, *chain.from_iterable(found), *last]
+
+    def _learn_words(self, new: Iterable[str]) -> dict[str, list[int]]:
+        """Ids of words, of those that can be had so; they are kept."""
+        # White space at a word's end may be of one piece with the space behind it, and so may two spaces.
+        usual = [word for word in new if word and len(word) <= LONGEST_WORD and word == word.rstrip()]
+        made = {word: self._ids_by_pieces(" " + word, learn=False) for word in usual}
+        fresh = {word: ids for word, ids in made.items() if ids is not None}
+        if len(self._words) + len(fresh) > MOST_WORDS:
+            self._words = {}
+        self._words.update(fresh)
+        return fresh
+
+    def _ids_by_pieces(self, text: str, learn: bool = True) -> list[int] | None:
+        if not (text.isascii() or _KNOWN(text)):
             return None
         pieces = self._cut(text)
         if len("".join(pieces)) != len(text):
@@ -95,11 +164,10 @@ class QuickEncoder:
         try:
             found = [known[piece] for piece in pieces]
         except KeyError:
-            if not self._learn(pieces):
+            if not (learn and self._learn(pieces)):
                 return None
             found = [known[piece] for piece in pieces]
-        ids = list(chain.from_iterable(found))
-        return [*self._before, *ids, *self._after] if add_special_tokens else ids
+        return list(chain.from_iterable(found))
 
     def _cut(self, text: str) -> list[str]:
         if self._split is None:
@@ -156,8 +224,11 @@ def quick_encoder(backend: Any) -> QuickEncoder | None:
         pre_tokenizer = json.loads(backend.pre_tokenizer.__getstate__())
     except Exception:  # one that is written in Python has no such form
         return None
-    cuts = _cuts(pre_tokenizer)
-    if cuts is None:
+    patterns = _patterns(pre_tokenizer)
+    if patterns is None:
+        return None
+    cuts = [cut for pattern in patterns if (cut := _cut_by(pattern)) is not None]
+    if len(cuts) != len(patterns):
         return None
     added = backend.get_added_tokens_decoder()
     if len({token.normalized for token in added.values()}) > 1:
@@ -171,11 +242,12 @@ def quick_encoder(backend: Any) -> QuickEncoder | None:
         return None
     before, after = whole[: places[0]], whole[places[0] + len(plain) :]
     contents = {token.content: token_id for token_id, token in added.items()}
-    return QuickEncoder(backend, cuts, contents, before, after)
+    by_words = bool(patterns) and patterns[-1] in _BY_WORDS and set(patterns[:-1]) <= set(_DIGITS)
+    return QuickEncoder(backend, cuts, contents, before, after, by_words)
 
 
-def _cuts(pre_tokenizer: dict[str, Any]) -> list[Cut] | None:
-    """How a text of known characters is cut, step by step; None if that cannot be said."""
+def _patterns(pre_tokenizer: dict[str, Any]) -> list[str] | None:
+    """What the pieces of a text match, step by step; None if that cannot be said."""
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     # Bytes take the place of characters at the end, and nowhere before.
     if [step["type"] for step in steps].count("ByteLevel") != 1 or steps[-1]["type"] != "ByteLevel":
@@ -185,10 +257,9 @@ def _cuts(pre_tokenizer: dict[str, Any]) -> list[Cut] | None:
         if step["type"] == "ByteLevel" and not step["use_regex"] and not step["add_prefix_space"]:
             continue  # others have cut
         pattern = _pattern(step)
-        cut = None if pattern is None else _cut_by(pattern)
-        if cut is None:
+        if pattern is None:
             return None
-        found.append(cut)
+        found.append(pattern)
     return found
 
 
@@ -197,7 +268,7 @@ def _pattern(step: dict[str, Any]) -> str | None:
     if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
         return _GPT2
     if step["type"] == "Digits":
-        return r"\p{N}|[^\p{N}]+" if step["individual_digits"] else r"\p{N}+|[^\p{N}]+"
+        return _DIGITS[0] if step["individual_digits"] else _DIGITS[1]
     if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
         regex: str | None = step["pattern"].get("Regex")
         return regex

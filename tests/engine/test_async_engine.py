@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import logging
 import threading
 
 import pytest
@@ -58,6 +59,17 @@ async def test_three_kinds_of_output_agree(make_async, overlap, chunked):
     assert metrics.arrival_time <= metrics.first_scheduled_time <= metrics.first_token_time
     assert metrics.first_token_time <= metrics.last_token_time <= metrics.finished_time
     assert_free(engine)
+
+
+async def test_a_request_leaves_two_lines_in_the_log(make_async, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("aserve"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="aserve.requests")
+    engine = await make_async()
+    stream = await engine.submit("hello", params(max_tokens=3), request_id="a", kind=OutputKind.FINAL_ONLY)
+    await stream.final()
+    lines = [record.getMessage() for record in caplog.records if record.name == "aserve.requests"]
+    assert [line.split(":")[0] for line in lines] == ["accepted a", "ended a"]
+    assert "3 generated tokens" in lines[1]
 
 
 async def test_many_requests_under_a_tiny_cache_give_what_they_give_alone(make_async):

@@ -17,6 +17,7 @@ from aserve.server import direct, sse
 from aserve.server.connection import EventStream
 from aserve.server.direct import ChunkWriter, Courier, LiveEvents
 from aserve.server.openai.generation import Streams
+from aserve.server.pipelining import ReadingH11Protocol
 from tests.server.conftest import events, make_app, post, raw, running, until
 from tests.server.fake_engine import FakeEngine
 
@@ -79,15 +80,18 @@ def test_a_template_needs_its_string_once(make: Any) -> None:
 def written(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """What went the short way."""
     found: list[bytes] = []
-    write = ChunkWriter.write
 
-    def count(self: ChunkWriter, data: bytes) -> bool:
-        done = write(self, data)
-        if done:
-            found.append(data)
-        return done
+    def counting(write: Any) -> Any:
+        def count(self: ChunkWriter, data: bytes) -> bool:
+            done: bool = write(self, data)
+            if done:
+                found.append(data)
+            return done
 
-    monkeypatch.setattr(ChunkWriter, "write", count)
+        return count
+
+    for name in ("write", "write_last"):
+        monkeypatch.setattr(ChunkWriter, name, counting(getattr(ChunkWriter, name)))
     return found
 
 
@@ -133,6 +137,29 @@ async def test_both_ways_send_the_same(name: str, written: list[bytes]) -> None:
     assert short.endswith(sse.DONE) and short.count(sse.DONE) == 1
     if "best_of" not in asked or path == CHAT:
         assert written and b"".join(written) in short
+
+
+async def test_the_last_event_leaves_with_the_end_of_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recorded:
+        def __init__(self, transport: Any) -> None:
+            self._transport = transport
+
+        def write(self, data: bytes) -> None:
+            writes.append(data)
+            self._transport.write(data)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._transport, name)
+
+    writes: list[bytes] = []
+    original: Any = ReadingH11Protocol.transport
+    monkeypatch.setattr(ReadingH11Protocol, "transport", property(lambda self: Recorded(original.fget(self))))
+    body = {"model": "fake", "prompt": "x", "max_tokens": 5, "stream": True}
+    async with running(make_app(FakeEngine())) as port:
+        answer = await raw(port, post(COMPLETIONS, body, "Connection: close"))
+    assert b"".join(writes) == answer
+    assert sse.DONE in writes[-1] and writes[-1].endswith(b"\r\n0\r\n\r\n")
+    assert not any(sse.DONE in data for data in writes[:-1])
 
 
 async def test_a_failure_midway_is_the_same_both_ways(written: list[bytes]) -> None:

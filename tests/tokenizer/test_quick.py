@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split, Whitespace
@@ -25,6 +25,12 @@ CUT: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: ByteLevel(add_prefix_space=False),
     "llama3": lambda: Sequence(
         [Split(Regex(LLAMA3), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+    ),
+    "qwen2": lambda: Sequence(
+        [
+            Split(Regex(LLAMA3.replace("{1,3}", "")), "isolated"),
+            ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     ),
     "gaps": lambda: Sequence(
         [Split(Regex(r"\p{L}+"), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -86,6 +92,53 @@ def test_the_same_ids(name: str, text: str, special: bool) -> None:
         assert found == backend.encode(text, add_special_tokens=special).ids
 
 
+WORDS = st.sampled_from(
+    [
+        "a",
+        "it's",
+        "1",
+        "1874,",
+        "42nd",
+        "“Müller”",
+        "x=(",
+        "++",
+        "<|im_end|>",
+        "é\nb",
+        "2\n",
+        "\t7",
+        ".\n\n",
+        "",
+    ]
+)
+GAPS = st.sampled_from([" ", " ", " ", "  ", "\n ", " \n", "\t ", "\xa0 "])
+
+
+@pytest.mark.parametrize("name", [name for name in CUT if name != "gaps"])
+@settings(max_examples=100, deadline=None)
+@given(parts=st.lists(st.tuples(WORDS, GAPS), max_size=8))
+@example([("a\n", " "), ("1", " ")])
+@example([("a\n", " "), ("b", " "), ("", " "), ("1", " ")])
+def test_words_between_spaces_have_the_same_ids(name: str, parts: list[tuple[str, str]]) -> None:
+    backend, encoder = both(name)
+    assert encoder._by_words
+    # Every word is known by itself before it occurs among others.
+    for word, _ in parts:
+        ids(encoder, f"a {word} a", False)
+    text = "".join(gap + word for word, gap in parts).removeprefix(" ")
+    assert ids(encoder, text, False) == backend.encode(text, add_special_tokens=False).ids
+
+
+def test_a_text_of_known_words_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, encoder = smollm2(), quick_encoder(smollm2())
+    assert encoder is not None
+    text = "It rose by 11 feet, and “so” were the sheep."
+    expected = backend.encode(text).ids
+    for _ in range(3):  # of many new words a few are learned
+        assert ids(encoder, text, True) == expected
+    monkeypatch.setattr(encoder, "_cuts", [lambda text: [text]])  # the first word is a piece of its own
+    assert encoder.encode(text) == expected
+
+
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=40), special=st.booleans())
 def test_any_text_is_the_same_or_left_to_the_tokenizer(text: str, special: bool) -> None:
@@ -129,6 +182,19 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(len(piece) <= quick.LONGEST_PIECE for piece in encoder._pieces)
 
 
+def test_the_words_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quick, "MOST_WORDS", 50)
+    encoder = quick_encoder(smollm2())
+    assert encoder is not None
+    most = 0
+    for number in range(200):
+        ids(encoder, f"a {number} {'-' * (number % 60)}{number}", False)
+        most = max(most, len(encoder._words))
+        assert len(encoder._words) <= 50
+        assert all(len(word) <= quick.LONGEST_WORD for word in encoder._words)
+    assert most > 30
+
+
 def changed(change: Callable[[Any], object]) -> QuickEncoder | None:
     backend = smollm2()
     change(backend)
@@ -157,6 +223,15 @@ def test_other_tokenizers_have_no_quick_way(change: Callable[[Any], object]) -> 
 
 def test_a_change_that_changes_nothing() -> None:
     assert changed(lambda backend: None) is not None
+
+
+def test_an_added_token_with_a_space_leaves_words_alone() -> None:
+    backend = smollm2()
+    backend.add_special_tokens([AddedToken("two words", normalized=False)])
+    encoder = quick_encoder(backend)
+    assert encoder is not None
+    for text in ("a two b", "a words b", "a two words b"):
+        assert ids(encoder, text, False) == backend.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize(

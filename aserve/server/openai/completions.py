@@ -30,7 +30,8 @@ blueprint = Blueprint("completions", __name__)
 @blueprint.post("/v1/completions")
 async def create_completion() -> Response:
     body = await read(CompletionBody)
-    engine = await service().ready_engine()
+    shared = service()
+    engine = await shared.ready_engine()
     model = served_model(engine, body.model)
     limits = engine.model_config
     body.check(vocab_size=limits.vocab_size, max_num_seqs=engine.config.scheduler.max_num_seqs)
@@ -75,7 +76,7 @@ async def create_completion() -> Response:
         with closing(streams):
             answer = call.response(await streams.finals())
         return Response(orjson.dumps(answer), content_type="application/json")
-    events = call.one_event(streams) if whole else LiveEvents(streams, call, service().courier)
+    events = call.one_event(streams) if whole else LiveEvents(streams, call, shared.courier)
     return EventStream(events, on_close=streams.close)
 
 

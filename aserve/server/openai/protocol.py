@@ -333,7 +333,7 @@ async def _read_large(limits: Limits) -> dict[str, Any]:
 @cache
 def limits_of(kind: type[Body]) -> Limits:
     """What a body of this kind may hold, as its fields' types say."""
-    found = {field.alias or name: _most_items(field) for name, field in kind.model_fields.items()}
+    found = {name: _most_items(field) for name, field in _fields_of(kind).items()}
     return Limits({**{name: most for name, most in found.items() if most is not None}, **kind.most}, kind.ids)
 
 
@@ -359,8 +359,7 @@ def unknown_fields(kind: type[Body], values: dict[str, Any]) -> set[str]:
 
     Objects in lists are not looked at: what a message holds is between the client and the chat template.
     """
-    # Keyed as clients spell them.
-    fields = {field.alias or name: field for name, field in kind.model_fields.items()}
+    fields = _fields_of(kind)
     found = set(values.keys() - fields.keys())
     for name, value in values.items():
         if isinstance(value, dict) and name not in found:
@@ -368,6 +367,12 @@ def unknown_fields(kind: type[Body], values: dict[str, Any]) -> set[str]:
             if inner is not None:
                 found |= {f"{name}.{each}" for each in unknown_fields(inner, value)}
     return found
+
+
+@cache
+def _fields_of(kind: type[Body]) -> dict[str, FieldInfo]:
+    """The fields of a kind of body, as clients spell them."""
+    return {field.alias or name: field for name, field in kind.model_fields.items()}
 
 
 def _body_in(annotation: Any) -> type[Body] | None:
