@@ -8,6 +8,14 @@ import torch
 from aserve import ops
 from aserve.messages.params import SamplingParams
 
+_LEAST = 1e-30
+"""Logits divided by less are no longer finite. The likeliest of those divided by this is certain already."""
+
+
+def rates(params: SamplingParams) -> tuple[float, float, float]:
+    """Repetition, frequency and presence penalty."""
+    return max(params.repetition_penalty, _LEAST), params.frequency_penalty, params.presence_penalty
+
 
 class _Seen:
     """The distinct tokens that count against one sequence, and how often it has drawn each of them."""
@@ -48,10 +56,9 @@ class PenaltyRows:
         self._values: dict[int, tuple[float, float, float]] = {}
 
     def add(self, slot: int, params: SamplingParams, prompt: list[int], output: list[int]) -> None:
-        values = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         # Only the repetition penalty looks at the prompt.
         self._seen[slot] = _Seen(prompt if params.repetition_penalty != 1.0 else [], output)
-        self._values[slot] = values
+        self._values[slot] = rates(params)
 
     def fork(self, slot: int, parent: int) -> None:
         if parent not in self._seen:

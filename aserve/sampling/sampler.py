@@ -15,7 +15,7 @@ from aserve import ops
 from aserve.messages.params import LogitsProcessor, SamplingParams, SamplingType
 from aserve.messages.step import SampleLogprobs
 from aserve.sampling.guided import GuidedRows
-from aserve.sampling.penalties import PenaltyRows
+from aserve.sampling.penalties import PenaltyRows, rates
 from aserve.sampling.rng import uniforms
 from aserve.sampling.truncation import truncate
 
@@ -310,8 +310,7 @@ class SamplerState:
 
     def penalties(self, slot: int) -> tuple[float, float, float]:
         """Repetition, frequency and presence penalty."""
-        params = self._rows[slot].params
-        return params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+        return rates(self._rows[slot].params)
 
     def top(self, slot: int) -> int:
         """How many of the likeliest tokens are listed with one that the slot draws."""

@@ -11,11 +11,13 @@ import orjson
 from quart import Blueprint, Quart, Response, current_app
 
 import aserve
+from aserve.server.anthropic import body as anthropic
 from aserve.server.anthropic.body import CountBody, MessagesBody
 from aserve.server.openai.embeddings import EmbeddingBody
 from aserve.server.openai.protocol import Body, ChatBody, CompletionBody
 from aserve.server.openai.response_input import ResponseBody
 from aserve.server.openai.tokenization import DetokenizeBody, TokenizeBody
+from aserve.server.openai.translate import PASSED_ON
 from aserve.server.openapi_answers import ERROR, MESSAGES_ERROR, responses
 from aserve.server.openapi_fields import refine
 from aserve.server.service import service
@@ -33,6 +35,12 @@ BODIES: dict[str, type[Body]] = {
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
 }
+
+AS_IN_CHAT: dict[type[Body], tuple[str, ...]] = {
+    ResponseBody: PASSED_ON,
+    MessagesBody: anthropic.PASSED_ON,
+}
+"""Fields that are checked when they have become a chat's, under the same names."""
 
 
 @blueprint.get("/openapi.json")
@@ -100,6 +108,10 @@ def _reference(name: str) -> dict[str, str]:
 def _add(schemas: dict[str, Any], body: type[Body], models: Sequence[str]) -> None:
     schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
     inner: dict[str, Any] = schema.pop("$defs", {})
+    passed_on = AS_IN_CHAT.get(body, ())
+    chat = ChatBody.model_json_schema()["properties"] if passed_on else {}
+    for field in passed_on:
+        schema["properties"][field] = {**chat[field], "default": body.model_fields[field].default}
     for name, each in {**inner, body.__name__: schema}.items():
         refine(name, each, models)
         schemas[name] = each

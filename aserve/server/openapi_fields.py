@@ -8,7 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from aserve.server.openapi_answers import BOOLEAN, STRING, Schema, constant, list_of, one_of, or_null, record
+from aserve.server.openapi_answers import (
+    BOOLEAN,
+    NULL,
+    NUMBER,
+    STRING,
+    Schema,
+    constant,
+    list_of,
+    one_of,
+    or_null,
+    record,
+)
 
 _ID: Schema = {"type": "integer", "minimum": 0}
 _TEXT: Schema = {"type": "string", "minLength": 1}
@@ -36,12 +47,34 @@ _PART = {
         record(type=constant("refusal"), refusal=STRING),
     ]
 }
-_GUIDES = {
-    "guided_json": {"anyOf": [STRING, _OBJECT]},
-    "guided_regex": STRING,
-    "guided_choice": list_of(STRING, minItems=1),
-    "guided_grammar": STRING,
+_RANGES: dict[str, Schema] = {
+    "n": {"minimum": 1},
+    "best_of": {"minimum": 1},
+    "presence_penalty": {"minimum": -2, "maximum": 2},
+    "frequency_penalty": {"minimum": -2, "maximum": 2},
+    "repetition_penalty": {"exclusiveMinimum": 0, "maximum": 2},
+    "temperature": {"minimum": 0},
+    "top_p": {"exclusiveMinimum": 0, "maximum": 1},
+    "top_k": {"minimum": -1, "not": {"const": 0}},
+    "min_p": {"minimum": 0, "maximum": 1},
+    "min_tokens": {"minimum": 0},
+    "max_tokens": {"minimum": 0},
+    "max_completion_tokens": {"minimum": 1},
+    "max_output_tokens": {"minimum": 1},
+    "priority": {"minimum": -(2**31), "maximum": 2**31 - 1},
+    "timeout": {"exclusiveMinimum": 0},
 }
+"""Of numbers, in whichever body they are."""
+
+_GUIDES = {
+    "guided_json": {"anyOf": [_TEXT, _OBJECT]},
+    "guided_regex": _TEXT,
+    "guided_choice": list_of(_TEXT, minItems=1),
+    "guided_grammar": _TEXT,
+}
+_BIAS = {"type": "object", "propertyNames": {"pattern": "^[0-9]{1,20}$"}, "additionalProperties": NUMBER}
+_EMPTY: Schema = {"enum": [None, False, 0, "", [], {}]}
+"""Of fields for what is not to be had here."""
 
 _RESPONSE_PART = {
     "anyOf": [
@@ -125,11 +158,15 @@ _COUNTED = {
 }
 
 FIELDS: dict[str, dict[str, Schema]] = {
-    "CompletionBody": {"prompt": _PROMPTS, "suffix": {"type": "null"}, **_GUIDES},
+    "CompletionBody": {"prompt": _PROMPTS, "suffix": {"type": "null"}, "logit_bias": _BIAS, **_GUIDES},
     "EmbeddingBody": {"input": _PROMPTS},
     "ChatBody": {
         "tools": list_of(_TOOL),
         "tool_choice": {"anyOf": [one_of("none", "auto", "required"), _NAMED, _ALLOWED]},
+        "max_tokens": {"type": "integer", "minimum": 1},
+        "logit_bias": _BIAS,
+        "modalities": list_of(constant("text")),
+        **dict.fromkeys(("chat_template", "functions", "web_search_options", "moderation"), _EMPTY),
         **_GUIDES,
     },
     "Message": {
@@ -138,7 +175,7 @@ FIELDS: dict[str, dict[str, Schema]] = {
     },
     "ResponseFormat": {"type": one_of("text", "json_object", "json_schema")},
     "ResponseBody": {
-        "input": {"anyOf": [_TEXT, list_of(_RESPONSE_ITEM, minItems=1)]},
+        "input": {"anyOf": [STRING, list_of(_RESPONSE_ITEM, minItems=1)]},
         "tools": list_of(_RESPONSE_TOOL),
         "tool_choice": _RESPONSE_CHOICE,
     },
@@ -153,6 +190,9 @@ FIELDS: dict[str, dict[str, Schema]] = {
 }
 """By the name of a body, or of a part of one, and the name of a field."""
 
+EXAMPLES: dict[str, dict[str, Any]] = {"ChatBody": {"messages": [{"role": "user", "content": "Hello!"}]}}
+"""Where the shortest that a schema allows means nothing."""
+
 ALTERNATIVES = {"TokenizeBody": ("prompt", "messages")}
 """Fields of which exactly one is given."""
 
@@ -163,11 +203,22 @@ def refine(name: str, schema: Schema, models: Sequence[str]) -> None:
     models: the served names, if they are known.
     """
     properties: dict[str, Any] = schema.get("properties", {})
-    properties.update(FIELDS.get(name, {}))
+    for field, known in FIELDS.get(name, {}).items():
+        given = properties[field]
+        properties[field] = {**known, "default": given["default"]} if "default" in given else known
+    for field, example in EXAMPLES.get(name, {}).items():
+        properties[field]["examples"] = [example]
+    for field in _RANGES.keys() & properties:
+        properties[field] = _within(properties[field], _RANGES[field])
     if models and "model" in properties:
         properties["model"] = one_of(*models)
     for field in properties.keys() - set(schema.get("required", ())):
         properties[field] = _or_null(properties[field])
+    if name == "ResponseFormat":
+        schema["anyOf"] = [
+            {"properties": {"type": one_of("text", "json_object")}},
+            {"properties": {"json_schema": _OBJECT}, "required": ["json_schema"]},
+        ]
     if name in ALTERNATIVES:
         schema["oneOf"] = [
             {"properties": {field: {"not": {"type": "null"}}}, "required": [field]}
@@ -175,9 +226,18 @@ def refine(name: str, schema: Schema, models: Sequence[str]) -> None:
         ]
 
 
+def _within(schema: Schema, limits: Schema) -> Schema:
+    """``schema`` with the ``limits`` of its numbers, as far as it has none."""
+    if "anyOf" in schema:
+        return {**schema, "anyOf": [_within(each, limits) for each in schema["anyOf"]]}
+    return {**limits, **schema} if schema.get("type") in ("integer", "number") else schema
+
+
 def _or_null(schema: Schema) -> Schema:
     """``schema``, or null, which says that the field is not given."""
-    kinds = schema.get("anyOf", [schema])
-    if {"type": "null"} in kinds or not schema.keys() - {"title", "default"}:
+    if not schema.keys() - {"title", "default"}:
         return schema
-    return {"anyOf": [schema, {"type": "null"}]}
+    default = {"default": schema["default"]} if "default" in schema else {}
+    inner = {key: value for key, value in schema.items() if key != "default"}
+    kinds = inner["anyOf"] if inner.keys() <= {"anyOf", "title"} else [inner]
+    return {"anyOf": kinds if NULL in kinds else [*kinds, NULL], **default}

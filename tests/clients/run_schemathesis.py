@@ -7,16 +7,20 @@ for operators one of an admin.
 
 from __future__ import annotations
 
+import collections
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
+from aserve.server.openapi import BODIES
 from tests import tiny_checkpoint
 from tests.clients.table import ROOT
 from tests.e2e.process import Server, wait_until
@@ -24,6 +28,8 @@ from tests.e2e.process import Server, wait_until
 COMMAND = ROOT / ".venv-clients" / "schemathesis" / "bin" / "schemathesis"
 SECONDS = 1500.0
 LEAST = 1000
+LEAST_TAKEN = 1 / 8
+"""Share of the bodies sent to a route that it takes: refusals alone would try little of it."""
 KEY = "an-admins-key"
 CHECKS = (
     "not_a_server_error",
@@ -75,6 +81,16 @@ def idle(server: Server) -> bool:
     return all(re.search(rf"^vllm:{name}{{[^}}]*}} 0\.0$", text, re.MULTILINE) for name in names)
 
 
+def taken(har: Path) -> dict[str, float]:
+    """The share of requests with a body that each route answered with 200."""
+    counts: dict[str, collections.Counter[bool]] = collections.defaultdict(collections.Counter)
+    for entry in json.loads(har.read_text())["log"]["entries"]:
+        if entry["request"]["method"] == "POST":
+            path = urlsplit(entry["request"]["url"]).path
+            counts[path][entry["response"]["status"] == 200] += 1
+    return {path: counts[path][True] / counts[path].total() for path in BODIES}
+
+
 @pytest.mark.timeout(SECONDS + 60)
 def test_schemathesis(server: tuple[Server, list[str]], tmp_path: Path) -> None:
     running, told = server
@@ -87,6 +103,7 @@ def test_schemathesis(server: tuple[Server, list[str]], tmp_path: Path) -> None:
             "--continue-on-failure", "--request-timeout", "60",
             # A busy machine draws slowly, which is nobody's fault.
             "--suppress-health-check", "too_slow",
+            "--report", "har", "--report-har-path", str(tmp_path / "sent.har"),
         ],
         cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS, check=False,
     )  # fmt: skip
@@ -95,6 +112,8 @@ def test_schemathesis(server: tuple[Server, list[str]], tmp_path: Path) -> None:
     count = re.search(r"(\d+) generated, (\d+) passed", ended.stdout)
     assert count is not None, ended.stdout[-2000:]
     assert int(count[1]) >= LEAST
+    shares = taken(tmp_path / "sent.har")
+    assert min(shares.values()) >= LEAST_TAKEN, shares
     assert "Traceback" not in running.log, running.log[-8000:]
     assert httpx.get(running.url + "/health/ready").status_code == 200
     wait_until(lambda: idle(running))

@@ -220,6 +220,18 @@ def test_an_empty_prompt_can_be_penalised() -> None:
     assert [int(run(state, logits, [0], [0]).token_ids[0]) for _ in range(3)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1e-5}, {"logprobs": 3}])
+def test_the_least_penalty_leaves_logits_finite(options: dict[str, Any]) -> None:
+    params = SamplingParams(repetition_penalty=5e-324, **options)
+    state = state_of([Case(params, 0, [1, 2, 3], [])], VOCAB)
+    logits = np.zeros((1, VOCAB), dtype=np.float32)
+    logits[0, :4] = 90.0, 40.0, -40.0, 30.0  # of which the first was not seen
+    sampled = run(state, logits, [0], [0])
+    assert not sampled.failed
+    assert sampled.token_ids.tolist() == [1]
+    assert state.penalties(0)[0] > 0
+
+
 def test_penalties_over_many_tokens() -> None:
     """More distinct tokens than room is made for at first."""
     vocab = 500

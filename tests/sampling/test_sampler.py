@@ -26,7 +26,9 @@ def check(case: Case, row: np.ndarray, got: tuple) -> None:
     kept = np.isfinite(shown)
     assert not (wanted.sure & ~kept).any() and not (kept & ~wanted.possible).any()
     exact = oracle.log_softmax(np.where(kept, wanted.scores.astype(np.float64), -np.inf))
-    np.testing.assert_allclose(shown[kept], exact[kept], rtol=2e-6, atol=5e-6)
+    # A likely token's lane of torch's sum takes up V / 16 small terms, each rounded to its own size.
+    slack = 5e-6 + len(row) / 16 * 2**-24
+    np.testing.assert_allclose(shown[kept], exact[kept], rtol=2e-6, atol=slack)
     if case.params.temperature == 0.0:
         assert token == int(wanted.scores.argmax())
     else:

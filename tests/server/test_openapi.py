@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -9,7 +10,9 @@ import jsonschema
 import pytest
 
 from aserve.server.openapi import BODIES
+from aserve.server.openapi import document as document_of
 from aserve.server.openapi_answers import ANSWERS, OTHER_MEDIA
+from aserve.server.openapi_fields import EXAMPLES as EXAMPLE_FIELDS
 from tests.server.conftest import make_app
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_hostile_bodies import BODIES as EXAMPLES
@@ -103,3 +106,88 @@ async def test_it_allows_what_is_taken(document: dict[str, Any], path: str) -> N
     validator.validate({**nulls, **EXAMPLES[path]})
     for wrong in ([], {**EXAMPLES[path], "model": 3}):
         assert not validator.is_valid(wrong)
+
+
+def validator_of(document: dict[str, Any], path: str) -> jsonschema.Draft202012Validator:
+    content = document["paths"][path]["post"]["requestBody"]["content"]
+    schema = {**content["application/json"]["schema"], "components": document["components"]}
+    return jsonschema.Draft202012Validator(schema)
+
+
+def test_bounds_are_in_the_words_of_json_schema(app: Any) -> None:
+    text = json.dumps(document_of(app))
+    assert '"minimum"' in text
+    assert not re.findall(r'"(?:ge|gt|le|lt)":', text)
+
+
+SAMPLED = ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/responses/input_tokens"]
+OUTSIDE: list[tuple[str, Any, Any]] = [
+    ("temperature", 0, -0.1),
+    ("top_p", 1e-9, 0),
+    ("top_p", 1, 1.01),
+    ("top_k", -1, 0),
+    ("top_k", 1, -2),
+    ("min_p", 0, -0.01),
+    ("presence_penalty", -2, -2.01),
+    ("frequency_penalty", 2, 2.01),
+    ("repetition_penalty", 1e-9, 0),
+    ("min_tokens", 0, -1),
+    ("priority", 2**31 - 1, 2**31),
+    ("timeout", 30, 0),
+    ("seed", 2**63 - 1, 2**63),
+]
+"""A field, a value at its edge, and one beyond."""
+
+
+@pytest.mark.parametrize("path", SAMPLED)
+async def test_it_knows_the_ranges(client: Any, document: dict[str, Any], path: str) -> None:
+    """What is out of range is out of the document too, also where an answer does not depend on it."""
+    validator = validator_of(document, path)
+    plain = {"model": "fake", "prompt" if path == "/v1/completions" else "input": "x"}
+    if "chat" in path:
+        plain = {"model": "fake", "messages": [{"role": "user", "content": "x"}]}
+    for field, inside, outside in OUTSIDE:
+        validator.validate({**plain, field: inside})
+        assert (await client.post(path, json={**plain, field: inside})).status_code == 200, field
+        assert not validator.is_valid({**plain, field: outside}), field
+        answer = await client.post(path, json={**plain, field: outside})
+        assert answer.status_code == 400, field
+        assert (await answer.get_json())["error"]["param"] == field
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"messages": [{"role": "user", "content": "x"}]},
+        {"guided_choice": [""]},
+        {"guided_regex": ""},
+        {"logit_bias": {"-1": 1}},
+        {"logit_bias": {" 5": 1}},
+        {"logit_bias": {"1_0": 1}},
+        {"modalities": ["audio"]},
+        {"response_format": {"type": "json_schema"}},
+        {"functions": [{"name": "f"}]},
+        {"chat_template": "{{ messages }}"},
+        {"max_tokens": 0},
+        {"max_completion_tokens": 0},
+    ],
+    ids=str,
+)
+async def test_what_a_chat_refuses_is_not_in_it(
+    client: Any, document: dict[str, Any], values: dict[str, Any]
+) -> None:
+    path = "/v1/chat/completions"
+    body = {"model": "fake", "messages": [{"role": "user", "content": "x"}], **values}
+    wanted = 200 if "messages" in values else 400
+    assert validator_of(document, path).is_valid(body) == (wanted == 200)
+    assert (await client.post(path, json=body)).status_code == wanted
+
+
+def test_examples_are_allowed(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    found = [(name, field) for name, fields in EXAMPLE_FIELDS.items() for field in fields]
+    assert found
+    for name, field in found:
+        schema = {**schemas[name]["properties"][field], "components": document["components"]}
+        for example in schema["examples"]:
+            jsonschema.Draft202012Validator(schema).validate(example)

@@ -13,6 +13,9 @@ from aserve.server.openai.translate import MAX_ITEMS, add_call, chat_body, joine
 
 MAX_TOOLS = 512
 
+PASSED_ON = ("temperature", "top_k", "top_p", "priority", "timeout", "cache_salt")
+"""Fields that are the chat API's own, under the same names."""
+
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 Blocks = Annotated[list[dict[str, Any]], Field(max_length=MAX_ITEMS)]
@@ -160,11 +163,11 @@ class MessagesBody(CountBody):
     service_tier: Any = None
 
     def whole_chat(self) -> ChatBody:
-        names = ("stream", "temperature", "top_k", "top_p", "priority", "timeout", "cache_salt")
         return self.chat(
             max_completion_tokens=self.max_tokens,
             stop=self.stop_sequences,
-            **{name: getattr(self, name) for name in names},
+            stream=self.stream,
+            **{name: getattr(self, name) for name in PASSED_ON},
         )
 
 

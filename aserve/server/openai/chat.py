@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from quart import Blueprint, Response
 
 from aserve.errors import InvalidRequestError
-from aserve.messages.inputs import OutputKind
+from aserve.messages.inputs import OutputKind, RequestOptions
 from aserve.messages.params import SamplingParams
 from aserve.server.connection import EventStream
 from aserve.server.direct import LiveEvents
@@ -24,6 +24,9 @@ from aserve.server.openai.prompts import Prompt
 from aserve.server.openai.protocol import ChatBody, read
 from aserve.server.openai.tools.plan import ToolPlan
 from aserve.server.service import log_client_id, new_id, service
+
+if TYPE_CHECKING:
+    from aserve.engine.async_engine import AsyncLLMEngine
 
 blueprint = Blueprint("chat", __name__)
 
@@ -87,23 +90,12 @@ async def begin(body: ChatBody, request_id: str, *, clamp: bool = False) -> Begu
     engine = await service().ready_engine()
     model = served_model(engine, body.model)
     limits = engine.model_config
-    body.check(vocab_size=limits.vocab_size, max_num_seqs=engine.config.scheduler.max_num_seqs)
-    if body.top_logprobs and not body.logprobs:
-        raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
-    prompts.check_logprobs(body.top_logprobs, limits.max_logprobs, "top_logprobs")
-    options = body.options()
-
-    messages = conversation(body.messages)
-    if body.continue_final_message and messages[-1]["role"] != "assistant":
-        raise InvalidRequestError(
-            "continue_final_message needs an assistant's message at the end", param="continue_final_message"
-        )
+    options = _checked(engine, body)
+    messages = _messages(body)
     tools = await plan_tools(engine, body)
     await engine.check_room()
     prompt = await make_prompt(engine, body, messages, tools)
-    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    if max_tokens is not None and max_tokens < 1:
-        raise InvalidRequestError("max_tokens must be at least 1", param="max_tokens")
+    max_tokens = _max_tokens(body)
     if clamp and max_tokens is not None:
         max_tokens = min(max_tokens, prompts.output_budget(len(prompt.ids), None, limits.max_model_len))
     budget = prompts.output_budget(len(prompt.ids), max_tokens, limits.max_model_len)
@@ -128,7 +120,33 @@ async def count_prompt(body: ChatBody) -> int:
     """Tokens of the prompt that a conversation becomes; it is checked as if it were to be answered."""
     engine = await service().ready_engine()
     served_model(engine, body.model)
+    _checked(engine, body)
+    body.sampling_params(max_tokens=_max_tokens(body))
+    messages = _messages(body)
+    tools = await plan_tools(engine, body)
+    return len((await make_prompt(engine, body, messages, tools)).ids)
+
+
+def _checked(engine: AsyncLLMEngine, body: ChatBody) -> RequestOptions:
     limits = engine.model_config
     body.check(vocab_size=limits.vocab_size, max_num_seqs=engine.config.scheduler.max_num_seqs)
-    tools = await plan_tools(engine, body)
-    return len((await make_prompt(engine, body, conversation(body.messages), tools)).ids)
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    prompts.check_logprobs(body.top_logprobs, limits.max_logprobs, "top_logprobs")
+    return body.options()
+
+
+def _messages(body: ChatBody) -> list[dict[str, Any]]:
+    messages = conversation(body.messages)
+    if body.continue_final_message and messages[-1]["role"] != "assistant":
+        raise InvalidRequestError(
+            "continue_final_message needs an assistant's message at the end", param="continue_final_message"
+        )
+    return messages
+
+
+def _max_tokens(body: ChatBody) -> int | None:
+    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if asked is not None and asked < 1:
+        raise InvalidRequestError("max_tokens must be at least 1", param="max_tokens")
+    return asked

@@ -42,6 +42,7 @@ MAX_STOP = 16
 MAX_STOP_LENGTH = 4096
 MAX_STOP_TOKENS = 256
 MAX_BIAS = 1024
+MAX_ID_DIGITS = 20
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 MAX_DOCUMENTS = 256
@@ -59,8 +60,10 @@ Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 Bool = Annotated[bool, Strict()]
 StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
-PositiveInt = Annotated[int, BeforeValidator(_number), Field(ge=1)]
-Seed = Annotated[int, BeforeValidator(_number), Field(ge=-(2**63), le=2**63 - 1)]
+# Bounds come first: after a validator of ours, pydantic's JSON schema has no "minimum" for them but "ge".
+Count = Annotated[int, Field(ge=0), BeforeValidator(_number)]
+PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_number)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(_number)]
 
 
 class Body(BaseModel):
@@ -193,10 +196,10 @@ class SamplingBody(Body):
         return guided_params(self)
 
     def _bias_ids(self) -> list[int]:
-        try:
-            return [int(key) for key in self.logit_bias or {}]
-        except ValueError:
-            raise InvalidRequestError("logit_bias must be keyed by token ids", param="logit_bias") from None
+        keys = list(self.logit_bias or ())
+        if not all(key.isascii() and key.isdigit() and len(key) <= MAX_ID_DIGITS for key in keys):
+            raise InvalidRequestError("logit_bias must be keyed by token ids", param="logit_bias")
+        return [int(key) for key in keys]
 
 
 class CompletionBody(SamplingBody):
@@ -205,7 +208,7 @@ class CompletionBody(SamplingBody):
 
     prompt: Any
     max_tokens: Int | None = 16
-    logprobs: Annotated[int, BeforeValidator(_number), Field(ge=0)] | None = None
+    logprobs: Count | None = None
     suffix: Any = None
     add_special_tokens: Bool = True
 
@@ -229,7 +232,7 @@ class ChatBody(SamplingBody):
     temperature: Float = 0.7
     max_completion_tokens: Int | None = None
     logprobs: Bool = False
-    top_logprobs: Annotated[int, BeforeValidator(_number), Field(ge=0)] | None = None
+    top_logprobs: Count | None = None
     add_generation_prompt: Bool = True
     continue_final_message: Bool = False
     add_special_tokens: Bool = False
