@@ -28,8 +28,10 @@ class AliveRows:
         self.now = self.most = self.made = 0
         real = Model.compute_logits
 
-        def compute_logits(model: Model, hidden: torch.Tensor) -> torch.Tensor:
-            logits = real(model, hidden)
+        def compute_logits(
+            model: Model, hidden: torch.Tensor, out: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            logits = real(model, hidden, out)
             rows = logits.shape[0]
             self.now += rows
             self.made += rows
@@ -56,7 +58,7 @@ def test_a_long_prompt_has_few_logits_at_once(tmp_path: Path, monkeypatch: pytes
     assert rows.made >= 2 * (LENGTH - 1)
     # Of the prompts', and of the tokens drawn: one for each request.
     assert CEILING <= rows.most <= CEILING + 2
-    assert rows.now == 0
+    assert rows.now <= 2  # the worker keeps the memory of those that tokens were drawn from
     assert whole.prompt_logprobs is not None and len(whole.prompt_logprobs) == LENGTH
     for output in outputs:
         assert output.prompt_logprobs is not None
