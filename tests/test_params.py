@@ -186,7 +186,7 @@ def test_greedy_resets_truncation(temperature: float) -> None:
 
 @pytest.mark.parametrize("width", [{"n": 2}, {"best_of": 2}])
 def test_greedy_has_one_sequence(width: dict[str, int]) -> None:
-    refused("best_of", temperature=0, **width)
+    refused(*width, temperature=0, **width)
     SamplingParams(temperature=1e-5, **width)
 
 

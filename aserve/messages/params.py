@@ -219,7 +219,8 @@ class SamplingParams:
             if self.temperature < GREEDY_TEMPERATURE:
                 self.top_p, self.top_k, self.min_p = 1.0, -1, 0.0
                 if self.best_of > 1:
-                    raise _refusal("best_of", "1 when temperature is 0 (greedy)", self.best_of)
+                    name = "n" if self.n > 1 else "best_of"
+                    raise _refusal(name, "1 when temperature is 0 (greedy)", getattr(self, name))
 
     @property
     def sampling_type(self) -> SamplingType:

@@ -146,7 +146,8 @@ def _messages(body: ChatBody) -> list[dict[str, Any]]:
 
 
 def _max_tokens(body: ChatBody) -> int | None:
-    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    asked: int | None = getattr(body, name)
     if asked is not None and asked < 1:
-        raise InvalidRequestError("max_tokens must be at least 1", param="max_tokens")
+        raise InvalidRequestError(f"{name} must be at least 1", param=name)
     return asked

@@ -27,6 +27,7 @@ _LOGPROBS = "message.output_text.logprobs"
 RENAMED = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
     "response_format": "text",
     "reasoning_effort": "reasoning",
 }

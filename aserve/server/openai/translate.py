@@ -27,8 +27,13 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except InvalidRequestError as error:
-        error.param = names.get(error.param or "", error.param)
-        raise
+        theirs = error.param or ""
+        if theirs not in names:
+            raise
+        own, message = names[theirs], error.message
+        if message.startswith(theirs + " "):
+            message = own + message.removeprefix(theirs)
+        raise InvalidRequestError(message, param=own) from None
 
 
 def chat_body(**values: Any) -> ChatBody:
