@@ -14,8 +14,8 @@ _LEAST_TOKENS = 4
 _CHUNK = 64
 """Prompt tokens that count as much as the step they are in."""
 
-_URGENCY = 3
-"""How much more a request counts that has no token yet: with it a crowd of 32 is served at 94 % of the speed
+_URGENCY = 4
+"""How much more a request counts that has no token yet: with it a crowd of 32 is served at 95 % of the speed
 that it has without bounds, with 1 at 85 %."""
 
 _LEAST_SECONDS = 1e-7

@@ -159,6 +159,16 @@ inline void dense_pick(int rows, int groups, const DenseTile& t) {
   if constexpr (R > kLeast) dense_pick<T, kStream, R - 1>(rows, groups, t);
 }
 
+// Group n of what is read next, or null.
+inline const uint8_t* upcoming_group(const Upcoming* upcoming, int64_t n) {
+  for (; upcoming->bytes > 0; upcoming++) {
+    const int64_t groups = static_cast<int64_t>(upcoming->bytes / upcoming->group_bytes);
+    if (n < groups) return upcoming->data + n * static_cast<int64_t>(upcoming->group_bytes);
+    n -= groups;
+  }
+  return nullptr;
+}
+
 // Floats of activations that stay in the second-level cache while all groups pass.
 constexpr int64_t kBlockFloats = W == 16 ? 96 * 1024 : 32 * 1024;
 constexpr int64_t kBlockColumns = 1536;
@@ -210,7 +220,15 @@ inline void dense_product(const PackedWeight& weight, const float* x, int64_t x_
           DenseTile t = tile(row, group, line, count);
           // The first tiles each fetch one of the groups that come next.
           const int64_t next = group + groups + i - top;
-          t.ahead = i - top < kBlockGroups && next < last ? t.weight + (next - group) * group_stride : t.weight;
+          t.ahead = t.weight;
+          if (i - top < kBlockGroups) {
+            if (next < last) {
+              t.ahead += (next - group) * group_stride;
+            } else if (bottom == tiles && line + count == lines) {
+              const uint8_t* const after = upcoming_group(upcoming, next - last);
+              if (after != nullptr) t.ahead = after;
+            }
+          }
           dense_pick<T, false>(static_cast<int>(end - row), static_cast<int>(groups), t);
         }
       }
