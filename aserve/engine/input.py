@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import string
 import threading
 from typing import Any
 
@@ -34,6 +35,15 @@ _POOLED = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detoken
 """Stands in for the sampling parameters of a request that is not sampled."""
 
 
+_LETTERS = string.ascii_letters.encode()
+
+
+def _count_letters(text: str) -> int:
+    """Letters of ASCII in a text."""
+    data = text.encode(errors="replace")
+    return len(data) - len(data.translate(None, _LETTERS))
+
+
 class InputProcessor:
     """Validates and tokenises requests. Everything it refuses, it refuses with InvalidRequestError."""
 
@@ -45,6 +55,7 @@ class InputProcessor:
         self._rng = random.Random(config.model.seed)
         self._lock = threading.Lock()
         self._longest_piece: int | None = None
+        self._most_letters = 0
         self._fast = tokenizer is not None and tokenizer.is_fast
         fast = tokenizer if self._fast else None
         self._quick = None if fast is None else quick_encoder(fast.backend_tokenizer)
@@ -95,9 +106,12 @@ class InputProcessor:
             return
         if self._longest_piece is None:
             # Special tokens included. A vocabulary of bytes has at least as many symbols as characters.
-            self._longest_piece = max(_USUAL_PIECE, *map(len, self.tokenizer.get_vocab()))
+            vocabulary = self.tokenizer.get_vocab()
+            self._most_letters = max(_USUAL_PIECE, *map(_count_letters, vocabulary))
+            self._longest_piece = max(_USUAL_PIECE, *map(len, vocabulary))
         longest = self._config.model.max_model_len
-        if len(text) > longest * self._longest_piece:
+        # The longest tokens are runs of one sign; of letters most texts need many more.
+        if len(text) > longest * self._longest_piece or _count_letters(text) > longest * self._most_letters:
             raise InvalidRequestError(
                 f"the model's context holds {longest} tokens; a text of {len(text)} characters cannot fit it",
                 param="prompt",

@@ -254,7 +254,7 @@ def test_a_text_that_cannot_fit_is_refused_untokenised() -> None:
     from aserve.engine.input import InputProcessor
 
     tokenizer = SimpleNamespace(
-        eos_token_id=1, is_fast=True, get_vocab=lambda: {"a": 0, "b" * 50: 1},
+        eos_token_id=1, is_fast=True, get_vocab=lambda: {"a": 0, "b" * 20: 1, "=" * 50: 2},
         backend_tokenizer=SimpleNamespace(encode=lambda *_: pytest.fail("it was tokenised")),
     )  # fmt: skip
     processor = object.__new__(InputProcessor)  # nothing else of it is needed
@@ -262,9 +262,11 @@ def test_a_text_that_cannot_fit_is_refused_untokenised() -> None:
     processor._config = SimpleNamespace(model=SimpleNamespace(max_model_len=100))  # type: ignore[assignment]
     processor._longest_piece = None
     assert not processor.is_doubtful("x" * 1600) and processor.is_doubtful("x" * 1601)
-    processor.check_fits("x" * 5000)
-    with pytest.raises(InvalidRequestError, match=r"100 tokens; a text of 5001 characters"):
-        processor.check_fits("x" * 5001)
+    processor.check_fits("=" * 5000)
+    processor.check_fits("x" * 2000 + "é" * 3000)
+    for text, length in (("=" * 5001, 5001), ("x" * 2001, 2001), ("=x" * 2001, 4002)):
+        with pytest.raises(InvalidRequestError, match=rf"100 tokens; a text of {length} characters"):
+            processor.check_fits(text)
 
 
 async def test_a_large_body_leaves_no_memory_behind(port: int, engine: FakeEngine) -> None:
