@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": {"errors"},
     "faults": set(),
     "threads": set(),
+    "pipes": set(),
     # 1: settings
     "gguf": BASE,
     "config": SETTINGS | {"gguf"},
@@ -38,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     # 2: the decision, and text
     "core": SETTINGS,
     "tokenizer": SETTINGS | {"gguf"},
-    "guided": SETTINGS,
+    "guided": SETTINGS | {"pipes"},
     "multimodal": SETTINGS,
     # 3: computing
     **{room: SETTINGS | COMPUTE for room in COMPUTE},
@@ -52,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": SETTINGS | {"core", "tokenizer", "guided", "multimodal", "executor", "metrics"},
     # 8: what people call
     "llm": SETTINGS | {"engine", "metrics"},
-    "server": SETTINGS | {"engine", "metrics", "threads"},
+    "server": SETTINGS | {"engine", "metrics", "pipes", "threads"},
     # measuring and planning, each a command of its own
     "bench": SETTINGS
     | {

@@ -187,7 +187,6 @@ def serve(args: argparse.Namespace) -> int:
             raise TypeError("the executor is not the one that was asked for")
         executor.tokens = engine.engine.get_tokenizer().encode(TEXT, add_special_tokens=False)
         if args.compute:
-            os.environ.setdefault("ASERVE_CPU_KVCACHE_SPACE", "1")
             executor.compute = _decode_step(engine.engine.config, args.clients)
             executor.alone_seconds = min(_alone(executor) for _ in range(3))
             executor.computed_seconds, executor.computed_steps = 0.0, 0

@@ -1,6 +1,6 @@
 """The process that compiles guides: ``python -m aserve.guided.child``, spoken to over its standard streams.
 
-A message is its length, 8 bytes big-endian, and that many bytes. The first is a pickled
+The first message is a pickled
 :class:`~aserve.guided.base.Vocabulary`; each one after it is a JSON list: the fields of a GuideSpec, or, to
 get ready for a backend, its name and its ``module:attribute``. An answer is one byte, ``+`` before what
 ``Backend.check`` returned or ``-`` before a sentence for the caller. Ends when its input ends.
@@ -8,34 +8,14 @@ get ready for a backend, its name and its ``module:attribute``. An answer is one
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
 import sys
-from typing import BinaryIO
 
 from aserve import registry
 from aserve.guided.base import Backend, GrammarError, GuideSpec, Vocabulary
-
-MEMORY = 4 << 30
-"""Bytes of address space; a guide that needs more ends this process and nothing else."""
-
-
-def read_message(stream: BinaryIO) -> bytes | None:
-    """The next message; None at the end of the stream, also in the middle of a message."""
-    head = stream.read(8)
-    if len(head) < 8:
-        return None
-    size = int.from_bytes(head, "big")
-    body = stream.read(size)
-    return body if len(body) == size else None
-
-
-def write_message(stream: BinaryIO, body: bytes) -> None:
-    stream.write(len(body).to_bytes(8, "big"))
-    stream.write(body)
-    stream.flush()
+from aserve.pipes import read_message, restrain, write_message
 
 
 def answer(backends: dict[str, Backend], vocabulary: Vocabulary, request: bytes) -> bytes:
@@ -61,7 +41,7 @@ def answer(backends: dict[str, Backend], vocabulary: Vocabulary, request: bytes)
 
 
 def main() -> None:
-    _restrain()
+    restrain()
     # What a library prints must not get between the answers.
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -72,16 +52,6 @@ def main() -> None:
     backends: dict[str, Backend] = {}
     while (request := read_message(source)) is not None:
         write_message(sink, answer(backends, vocabulary, request))
-
-
-def _restrain() -> None:
-    """Gives way to the engine, and bounds memory, where the system can."""
-    with contextlib.suppress(ImportError, AttributeError, OSError, ValueError):
-        os.nice(5)
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
 if __name__ == "__main__":

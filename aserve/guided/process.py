@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pickle
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import BinaryIO, cast
 
-from aserve import registry
+from aserve import pipes, registry
 from aserve.guided.base import GrammarError, GuideSpec, TooExpensiveError, Vocabulary
-from aserve.guided.child import read_message, write_message
 
 _START_TIMEOUT = 60.0
 """Seconds that the process may take to import a backend's package and read the vocabulary."""
@@ -58,27 +53,10 @@ class CompilerProcess:
 
     def _ask(self, request: Sequence[str | None], timeout: float, meanwhile: Callable[[], object]) -> bytes:
         process = self._running()
-        late = threading.Event()
-
-        def end() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(timeout, end)
-        timer.start()
-        reply = None
-        try:
-            # Its end shows as a broken pipe or as the end of its output.
-            with contextlib.suppress(OSError, ValueError):
-                source, sink = _pipes(process)
-                write_message(sink, json.dumps(request).encode())
-                meanwhile()
-                reply = read_message(source)
-        finally:
-            timer.cancel()
-        if late.is_set() or reply is None:
+        reply, late = pipes.ask(process, [json.dumps(request).encode()], timeout, meanwhile)
+        if late or reply is None:
             self._end(process)
-        if late.is_set():
+        if late:
             raise TooExpensiveError(f"took longer than {timeout:g} seconds to compile")
         if reply is None:
             raise TooExpensiveError("could not be compiled: it ended the process that does it")
@@ -110,42 +88,17 @@ class CompilerProcess:
                 return process
             self._end(process)
         self._ready.clear()
-        process = self._start()
+        process = pipes.start("aserve.guided.child", OMP_NUM_THREADS="1", RAYON_NUM_THREADS="1")
         with self._lock:
             self._process = process
             if self._closed:  # meanwhile
                 process.kill()
         with contextlib.suppress(OSError):  # it ended at once: noticed when the first guide is sent
-            write_message(_pipes(process)[1], pickle.dumps(self._vocabulary()))
+            pipes.write_message(pipes.streams(process)[1], pickle.dumps(self._vocabulary()))
         return process
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        source = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
-        # A session of its own: an interrupt typed at the terminal is for the server alone. What its
-        # libraries print may quote the guide, so it goes nowhere.
-        return subprocess.Popen(
-            [sys.executable, "-m", "aserve.guided.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-
     def _end(self, process: subprocess.Popen[bytes]) -> None:
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
+        pipes.end(process)
         with self._lock:
             if self._process is process:
                 self._process = None
-
-
-def _pipes(process: subprocess.Popen[bytes]) -> tuple[BinaryIO, BinaryIO]:
-    if process.stdout is None or process.stdin is None:
-        raise ValueError("the process was started without pipes")
-    return cast("BinaryIO", process.stdout), cast("BinaryIO", process.stdin)

@@ -7,6 +7,7 @@ between (a guide, a logits processor, candidates of beams) are :class:`SamplerSt
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -59,7 +60,7 @@ def is_free(state: SamplerState, slots: list[int]) -> np.ndarray:
     return free
 
 
-class _Part:
+class _Part(ABC):
     """Rows of a step that are drawn alike. rows: which, rising. slots, needs: theirs."""
 
     def __init__(
@@ -88,9 +89,9 @@ class _Part:
     def index(self) -> torch.Tensor:
         return self._arrays[self._rows]
 
+    @abstractmethod
     def draw(self, logits: torch.Tensor, history: History) -> Drawn:
         """Draws these rows of the step's logits, which stay as they are."""
-        raise NotImplementedError
 
     def _edited(self, logits: torch.Tensor, history: History) -> torch.Tensor:
         """A copy of these rows of the logits, with what bans and penalties make of them."""

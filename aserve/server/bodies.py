@@ -9,19 +9,16 @@ limits.
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import subprocess
-import sys
 import threading
-from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import orjson
 
+from aserve import pipes
 from aserve.engine.pool import BoundedPool
 from aserve.errors import AserveError, EngineBusyError, InvalidRequestError
-from aserve.server.body_child import read_message, write_message
 from aserve.server.survey import Limits
 
 SMALL_BYTES = 8 << 10
@@ -77,37 +74,20 @@ class BodyReader:
             process = self._process
         self._pool.close()
         if process is not None:
-            self._end(process)
+            pipes.end(process)
 
     # ---------------------------------------------------------------- in the thread
 
     def _ask(self, data: bytes, limits: Limits) -> dict[str, Any]:
         process = self._running()
         self.count += 1
-        late = threading.Event()
-
-        def end() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(READ_SECONDS, end)
-        timer.start()
-        reply = None
-        try:
-            # Its end shows as a broken pipe or as the end of its output.
-            with contextlib.suppress(OSError, ValueError):
-                source, sink = cast("BinaryIO", process.stdout), cast("BinaryIO", process.stdin)
-                write_message(sink, limits.as_json)
-                write_message(sink, data)
-                reply = read_message(source)
-        finally:
-            timer.cancel()
-        if late.is_set() or reply is None:
-            self._end(process)
+        reply, late = pipes.ask(process, (limits.as_json, data), READ_SECONDS)
+        if late or reply is None:
+            pipes.end(process)
             if self._closed:
                 raise EngineBusyError("the server is stopping")
             took = f"took longer than {READ_SECONDS:g} seconds to read"
-            raise InvalidRequestError(f"the body {took if late.is_set() else 'could not be read'}")
+            raise InvalidRequestError(f"the body {took if late else 'could not be read'}")
         if reply[:1] != b"+":
             message, param = orjson.loads(reply[1:])
             raise InvalidRequestError(message, param=param)
@@ -122,32 +102,10 @@ class BodyReader:
             if process is not None and process.poll() is None:
                 return process
             try:
-                self._process = _start()
+                self._process = pipes.start("aserve.server.body_child")
             except OSError as error:
                 raise EngineBusyError(f"large bodies cannot be read now: {error.strerror}") from error
             started = self._process
         if process is not None:
-            self._end(process)
+            pipes.end(process)
         return started
-
-    def _end(self, process: subprocess.Popen[bytes]) -> None:
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError, ValueError):
-                    stream.close()
-
-
-def _start() -> subprocess.Popen[bytes]:
-    source = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
-    # A session of its own: an interrupt typed at the terminal is for the server alone.
-    return subprocess.Popen(
-        [sys.executable, "-m", "aserve.server.body_child"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": path},
-        start_new_session=True,
-    )

@@ -1,30 +1,26 @@
 """The process that reads large bodies: ``python -m aserve.server.body_child``, spoken to over its streams.
 
-A message is its length, 8 bytes big-endian, and that many bytes. A request is two messages: the limits as
-JSON, and the body. The answer is one: ``+`` and the pickled values, or ``-`` and the JSON of an error's
-message and parameter. What comes back is cheap to take over: no field is longer than its limit, all of
-them together have a bounded number of values, and token ids are packed. Ends when its input ends.
+A request is two messages: the limits as JSON, and the body. The answer is one: ``+`` and the pickled values,
+or ``-`` and the JSON of an error's message and parameter. What comes back is cheap to take over: no field is
+longer than its limit, all of them together have a bounded number of values, and token ids are packed. Ends
+when its input ends.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import os
 import pickle
 import sys
 from array import array
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
 
 from aserve.errors import InvalidRequestError
+from aserve.pipes import read_message, restrain, write_message
 
 MAX_VALUES = 1 << 16
 """Most JSON values of a body besides token ids; a chat of as many messages as may be has half as many."""
-
-MEMORY = 4 << 30
-"""Bytes of address space; a body that needs more ends this process and nothing else."""
 
 
 def parse(data: bytes) -> dict[str, Any]:
@@ -108,22 +104,6 @@ def _all_ints(items: list[Any]) -> bool:
     return set(map(type, items)) <= {int}  # exactly int: True is no token id
 
 
-def read_message(stream: BinaryIO) -> bytes | None:
-    """The next message; None at the end of the stream, also in the middle of a message."""
-    head = stream.read(8)
-    if len(head) < 8:
-        return None
-    size = int.from_bytes(head, "big")
-    body = stream.read(size)
-    return body if len(body) == size else None
-
-
-def write_message(stream: BinaryIO, body: bytes) -> None:
-    stream.write(len(body).to_bytes(8, "big"))
-    stream.write(body)
-    stream.flush()
-
-
 def answer(limits: bytes, data: bytes) -> bytes:
     try:
         values = limited(data, **orjson.loads(limits))
@@ -137,22 +117,12 @@ def answer(limits: bytes, data: bytes) -> bytes:
 
 
 def main() -> None:
-    _restrain()
+    restrain()
     # There are no cycles in JSON, and looking for them in a million values takes longer than reading them.
     gc.disable()
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     while (limits := read_message(source)) is not None and (data := read_message(source)) is not None:
         write_message(sink, answer(limits, data))
-
-
-def _restrain() -> None:
-    """Gives way to the engine, and bounds memory, where the system can."""
-    with contextlib.suppress(ImportError, AttributeError, OSError, ValueError):
-        os.nice(5)
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
 if __name__ == "__main__":

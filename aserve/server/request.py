@@ -47,16 +47,16 @@ class ReceivedBody(Body):
         """Shows ``survey`` all of the body, now and as it comes; what it refuses is not kept any longer."""
         self._survey = survey
         if self._must_raise is None:
-            self._look(bytes(self._data))
+            self._look(survey, bytes(self._data))
 
     def append(self, data: bytes) -> None:
         super().append(data)
         if self._survey is not None and self._must_raise is None:
-            self._look(data)
+            self._look(self._survey, data)
 
-    def _look(self, data: bytes) -> None:
+    def _look(self, survey: Survey, data: bytes) -> None:
         try:
-            self._survey.feed(data)  # type: ignore[union-attr]
+            survey.feed(data)
         except InvalidRequestError as error:
             self._must_raise = error
             self._data.clear()

@@ -1,5 +1,5 @@
 // The kernels at the level "avx2". Compiled with that level's flags, entered only where cpuid shows it.
-
+//
 // Hazard: an inline function or template with external linkage compiled here may be the copy the
 // linker keeps for the whole library, and would then run on a CPU without this level. So everything
 // below lives in an anonymous namespace and nothing of the C++ library's templates is included.
